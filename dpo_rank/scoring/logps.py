@@ -1,0 +1,281 @@
+"""Per-token log-probs of a causal language model over a packed row.
+
+`TokenLogProbs` runs a transformers model's own trunk and its own head, so that logit scaling, soft-capping and whatever
+else an architecture does around them is the model's code and not a copy. The head runs on the candidates' positions only,
+a slice at a time, and keeps one number a target.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dpo_rank.errors import ModelError
+from dpo_rank.scoring import attention
+from dpo_rank.scoring.pack import Group, Layout, Row, pack
+
+logger = logging.getLogger(__name__)
+
+TESTED_MODEL_TYPES = frozenset(
+    "cohere gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite llama mistral olmo2 opt phi3 qwen2 qwen3 starcoder2".split()
+)
+"""Architectures whose packed row is held to the plain forward pass by the tests; any other is compared on first use."""
+
+SLICE_ELEMENTS = 2**24
+"""Logits kept at once: a slice of the head's rows holds at most this many of them (64 MiB in float32)."""
+
+_KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
+_CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats
+
+
+class TokenLogProbs(nn.Module):
+    """A causal language model that answers a packed row with the log-prob of every target.
+
+    Args:
+        model: a decoder of transformers (``...ForCausalLM``).
+        borrow: leave ``model`` as it is and work on a view that shares its parameters; otherwise its attention
+            implementation is set in place, as training wants it.
+        packed: read the row as it is (True), expand it to a padded batch (False), or decide by architecture (None).
+
+    Attributes:
+        packed: whether rows are read without padding; if not, `reason` says why.
+    """
+
+    def __init__(self, model: Any, *, borrow: bool = True, packed: bool | None = None) -> None:
+        super().__init__()
+        if getattr(model.config, "is_encoder_decoder", False) or not hasattr(model, "get_output_embeddings"):
+            raise ModelError(f"{type(model).__name__} is not a decoder-only language model; a DPO pair needs two of those")
+        self.reason = "asked for" if packed is False else cannot_pack(model)
+        if packed and self.reason:
+            raise ModelError(f"{type(model).__name__} cannot read a packed row: {self.reason}")
+        self.packed = self.reason is None
+        self.num_layers = int(model.config.num_hidden_layers)
+        self.model = view(model) if borrow else model
+        if borrow:
+            self.model.eval()
+        if self.packed:
+            original = self.model.config._attn_implementation
+            _set_attention(self.model)
+            if model.config.model_type not in TESTED_MODEL_TYPES and not self._agrees_with_plain(original):
+                if packed:
+                    raise ModelError(f"{type(model).__name__}: a packed row scores differently from the plain forward pass")
+                logger.warning("%s takes the slower padded batch: %s", type(model).__name__, self.reason)
+        self._head = (_head_view(self.model),)  # a tuple, so that the head's parameters are not registered twice
+
+    def forward(self, layout: Layout) -> Tensor:
+        """Log-probs in nats, float32 ``[M]``, of ``layout.targets``."""
+        hidden = self.hidden(layout) if self.packed else self._expanded_hidden(layout)
+        return self.head(hidden, layout.targets)
+
+    def hidden(self, layout: Layout) -> Tensor:
+        """Final hidden states ``[M, width]`` at the places that predict the targets, from the packed row."""
+        counter = attention.CallCounter()
+        output = self._trunk(
+            input_ids=layout.input_ids[None],
+            position_ids=layout.positions[None],
+            use_cache=False,
+            layout=layout,
+            counter=counter,
+        )
+        if counter.calls < self.num_layers:
+            raise ModelError(
+                f"the packed attention ran {counter.calls} times in {self.num_layers} layers: this architecture does not "
+                "take its attention from transformers' registry"
+            )
+        return cast(Tensor, output.last_hidden_state[0][layout.source])
+
+    def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probs ``[M]`` of ``targets`` [M] under the model's own head at ``hidden`` [M, width]."""
+        size = max(16, SLICE_ELEMENTS // int(self.model.config.vocab_size))
+        if torch.compiler.is_exporting() or hidden.shape[0] <= size:
+            return self._slice(hidden, targets)
+        slices = zip(hidden.split(size), targets.split(size), strict=True)
+        if hidden.requires_grad:  # recompute the logits in the backward pass instead of keeping them
+            return torch.cat([cast(Tensor, checkpoint(self._slice, h, t, use_reentrant=False)) for h, t in slices])
+        return torch.cat([self._slice(h, t) for h, t in slices])
+
+    @property
+    def _trunk(self) -> nn.Module:
+        return cast(nn.Module, getattr(self.model, trunk_name(self.model)))
+
+    def _slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self._head[0](inputs_embeds=hidden[None], use_cache=False).logits[0].to(torch.float32)
+        return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+
+    def _expanded_hidden(self, layout: Layout) -> Tensor:
+        """The same hidden states from the plain padded batch, prompt + candidate a line: the oracle, and the fallback."""
+        sequences, spans = expand(layout)
+        width = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), width, dtype=torch.long, device=layout.input_ids.device)
+        mask = torch.zeros_like(ids)
+        for line, sequence in enumerate(sequences):
+            ids[line, : len(sequence)] = sequence
+            mask[line, : len(sequence)] = 1
+        states = self._trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return torch.cat([states[line, start:end] for line, (start, end) in enumerate(spans)])
+
+    def _agrees_with_plain(self, original: str) -> bool:
+        """Compare a small ragged batch with the plain forward; on any difference this model takes the padded batch."""
+        device, dtype = self.model.device, self.model.dtype
+        layout = to_tensors(_check_row(int(self.model.config.vocab_size)).layout, device)
+        self._head = (_head_view(self.model),)
+        problem = None
+        with torch.no_grad():
+            try:
+                packed = self.head(self.hidden(layout), layout.targets)
+            except (RuntimeError, TypeError, ValueError, ModelError, AttributeError) as error:
+                problem = f"its forward pass does not take a packed row ({error})"
+            self.model.config._attn_implementation = original
+            plain = self.head(self._expanded_hidden(layout), layout.targets)
+        if problem is None:
+            difference = float((packed - plain).abs().max())
+            if difference > _CHECK_TOLERANCE.get(dtype, 1e-3):
+                problem = f"a packed row differs from the plain forward pass by {difference:.2g} nats"
+        if problem is None:
+            _set_attention(self.model)
+            return True
+        self.packed, self.reason = False, problem
+        return False
+
+
+def cannot_pack(model: Any) -> str | None:
+    """Why ``model`` cannot read a packed row, as far as its class and config tell; None where nothing speaks against it."""
+    config = model.config
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention is outside transformers' registry"
+    layers = set(getattr(config, "layer_types", None) or ())
+    if layers - _KNOWN_LAYERS:
+        return f"it has layers of another kind ({', '.join(sorted(layers - _KNOWN_LAYERS))})"
+    if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", "") == "alibi":
+        return "it uses ALiBi"
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention is bidirectional"
+    if getattr(config, "add_cross_attention", False):
+        return "it has cross-attention"
+    kinds = _rope_kinds(config)
+    if kinds & {"dynamic", "longrope", "su"}:
+        return "its rotary embedding depends on the batch's longest position"
+    window = getattr(config, "sliding_window", None)
+    if window and config.model_type not in TESTED_MODEL_TYPES:
+        return "its sliding window is not covered by the tests of the packed row"
+    return None
+
+
+def _rope_kinds(config: Any) -> set[str]:
+    """The kinds of rotary scaling in a config of transformers 4 (``rope_scaling``) or 5 (``rope_parameters``)."""
+    found: set[str] = set()
+    pending = [getattr(config, "rope_scaling", None), getattr(config, "rope_parameters", None)]
+    while pending:
+        entry = pending.pop()
+        if isinstance(entry, dict):
+            found |= {str(entry[key]) for key in ("rope_type", "type") if key in entry}
+            pending += entry.values()
+    return found
+
+
+def view(model: Any) -> Any:
+    """A second tree of modules over the same parameters and buffers, with a config of its own.
+
+    Setting the attention implementation, evaluation mode or a switched-off adapter on it leaves ``model`` as it was.
+    """
+    configs: dict[int, Any] = {}
+    modules: dict[int, nn.Module] = {}
+
+    def clone(module: nn.Module) -> nn.Module:
+        if id(module) in modules:
+            return modules[id(module)]
+        twin = modules[id(module)] = copy.copy(module)
+        for name, value in vars(module).items():
+            if hasattr(value, "_attn_implementation") and hasattr(value, "to_dict"):
+                twin.__dict__[name] = configs.setdefault(id(value), copy.copy(value))
+        twin._modules = {name: child and clone(child) for name, child in module._modules.items()}
+        return twin
+
+    return clone(model)
+
+
+def _set_attention(model: Any) -> None:
+    """Set the packed attention on every config of ``model`` and read it back: an unknown name would only warn."""
+    attention.register()
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        config._attn_implementation = attention.NAME
+        if config._attn_implementation != attention.NAME:
+            raise ModelError(f"{type(model).__name__} did not take the packed attention implementation")
+
+
+def trunk_name(model: Any) -> str:
+    """Name of the child of ``model`` that holds everything but the head."""
+    if model.base_model_prefix in model._modules:
+        return str(model.base_model_prefix)
+    trunks = [name for name, child in model.named_children() if hasattr(child, "get_input_embeddings")]
+    if len(trunks) != 1:
+        raise ModelError(f"{type(model).__name__}: its trunk cannot be told from its head")
+    return trunks[0]
+
+
+class _GivenHidden(nn.Module):
+    """Stands in for a model's trunk and hands on the hidden states that it is given as ``inputs_embeds``."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _GivenOutput:
+        return _GivenOutput(inputs_embeds)
+
+    @property
+    def decoder(self) -> _GivenHidden:  # OPT's head asks its trunk's decoder
+        return self
+
+
+class _GivenOutput:
+    """A trunk's output that holds hidden states and nothing else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.last_hidden_state if index == 0 else ()
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _head_view(model: Any) -> Any:
+    """``model`` with its trunk replaced: its own forward then turns hidden states into logits, scaling and caps included."""
+    head = copy.copy(model)
+    head._modules = {**model._modules, trunk_name(model): _GivenHidden()}
+    return head
+
+
+def to_tensors(layout: Layout, device: torch.device | str) -> Layout:
+    """The layout's arrays as tensors on ``device``."""
+    return Layout(*(torch.from_numpy(field).to(device, non_blocking=True) for field in layout))  # type: ignore[arg-type]
+
+
+def expand(layout: Layout) -> tuple[list[Tensor], list[tuple[int, int]]]:
+    """Undo the packing: every candidate's prompt + inputs, and the span of its places that predict its targets."""
+    num_prompt = layout.prompt_slot.shape[0]
+    prompt_ends = torch.cumsum(layout.prompt_length, 0)
+    sequences: list[Tensor] = []
+    spans: list[tuple[int, int]] = []
+    source = layout.source.tolist()
+    starts = [m for m, place in enumerate(source) if place < num_prompt] + [len(source)]
+    for first, last in zip(starts, starts[1:], strict=False):
+        prompt = int(torch.searchsorted(prompt_ends, source[first] + 1))
+        length, end = int(layout.prompt_length[prompt]), int(prompt_ends[prompt])
+        tokens = layout.input_ids[layout.source[first + 1 : last]]
+        sequences.append(torch.cat([layout.input_ids[end - length : end], tokens]))
+        spans.append((length - 1, length - 1 + last - first))
+    return sequences, spans
+
+
+def _check_row(vocabulary: int) -> Row:
+    """A small ragged row: two prompts, candidates of one to seven tokens."""
+    ids = iter(range(1, 10_000))
+
+    def tokens(count: int) -> list[int]:
+        return [next(ids) * 7919 % vocabulary for _ in range(count)]
+
+    return pack([Group(tokens(9), [tokens(7), tokens(1), tokens(4)]), Group(tokens(5), [tokens(3), tokens(6)])])

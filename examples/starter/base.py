@@ -1,0 +1,136 @@
+"""Stage 1 of the starter: a tokenizer and a small language model, the reference of the pair.
+
+    python examples/starter/base.py --output models/starter-base
+
+A 5.7 M-parameter Llama shape (6 layers, 256 wide) with its own 5,120-token byte-level BPE, language-modelled on the texts
+of `texts.py`. Prompts that the hash holds out are never seen, here or later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from texts import Row, load
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from dpo_rank.data.formats import held_out
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+PASSAGE_HEADER, PASSAGE_ITEM, PASSAGE_FOOTER = "Use these passages.\n", "[{index}] {text}\n", "\n"
+
+
+def conversations(rows: dict[str, list[Row]]) -> Iterator[list[dict[str, str]]]:
+    """Every training conversation, both answers of a pair among them."""
+    for pair in rows["hh_harmless.train"]:
+        if not held_out(pair["prompt"]):
+            yield pair["prompt"] + pair["chosen"]
+            yield pair["prompt"] + pair["rejected"]
+    for name in ("gsm8k.sft", "halueval_general.sft"):
+        for row in rows[name]:
+            if not held_out(row["prompt"]):
+                yield [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    for row in rows["halueval_qa.train"]:
+        if not held_out(row["prompt"]):
+            items = (PASSAGE_ITEM.replace("{index}", str(i)).replace("{text}", p["text"]) for i, p in enumerate(row["passages"], 1))
+            prompt = PASSAGE_HEADER + "".join(items) + PASSAGE_FOOTER + row["prompt"]
+            for completion in row["completions"]:
+                yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+
+
+def text(turns: list[dict[str, str]]) -> str:
+    return "".join(f"<|{turn['role']}|>{turn['content']}<|end|>" for turn in turns)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def blocks(documents: list[list[int]], length: int, epochs: int, seed: int) -> list[dict[str, list[int]]]:
+    """Documents joined in a new random order each epoch and cut into rows of ``length`` tokens."""
+    rng = random.Random(seed)
+    stream: list[int] = []
+    for _ in range(epochs):
+        rng.shuffle(documents)
+        for document in documents:
+            stream += document
+    return [
+        {"input_ids": stream[i : i + length], "labels": stream[i : i + length]} for i in range(0, len(stream) - length + 1, length)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--data", type=Path, default=None, help="folder of the jsonl.gz files, or 'hub' for the public datasets")
+    parser.add_argument("--output", type=Path, default=Path("models/starter-base"))
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+
+    texts = [text(turns) for turns in conversations(load(args.data))]
+    tokenizer = train_tokenizer(texts, vocabulary=5120)
+    documents = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    print(f"{len(documents)} conversations, {sum(map(len, documents)):,} tokens")
+
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    print(f"{model.num_parameters():,} parameters")
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(args.output / "run"),
+            per_device_train_batch_size=8,
+            num_train_epochs=1,
+            learning_rate=2e-3,
+            warmup_steps=60,
+            lr_scheduler_type="cosine",
+            weight_decay=0.1,
+            adam_beta2=0.95,
+            logging_steps=25,
+            save_strategy="no",
+            report_to=[],
+            bf16=args.bf16,
+            use_cpu=not torch.cuda.is_available(),
+            seed=args.seed,
+        ),
+        train_dataset=blocks(documents, length=768, epochs=args.epochs, seed=args.seed),
+    )
+    trainer.train()
+    model.to(torch.bfloat16).save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+
+
+if __name__ == "__main__":
+    main()
