@@ -1,0 +1,1 @@
+"""Preference rows: reading, checking, splitting, and a synthetic source with exact ground truth."""

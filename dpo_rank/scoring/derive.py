@@ -27,13 +27,14 @@ class CannotExpressError(DpoRankError):
 class TemplateRenderer:
     """The tokenizer's own template through transformers' sandbox: for templates that no `PromptFormat` equals.
 
-    Torch engine only; never stored in an artifact.
+    Torch engine only; never stored in an artifact. ``reason`` says why it is needed.
     """
 
     chat = True
 
-    def __init__(self, tokenizer: Any, string: StringPrompt = "user_turn") -> None:
+    def __init__(self, tokenizer: Any, string: StringPrompt = "user_turn", reason: str = "") -> None:
         self.string: StringPrompt = string
+        self.reason = reason
         self._render = template_render(tokenizer)
 
     def prompt(self, messages: Sequence[Message]) -> str:

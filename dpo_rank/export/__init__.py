@@ -1,0 +1,1 @@
+"""A pair of transformers models as an artifact that needs neither torch nor transformers."""

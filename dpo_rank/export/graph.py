@@ -1,0 +1,214 @@
+"""The scoring core of one model as an ONNX graph, and other weights put into the same graph.
+
+The graph is traced once. Every weight in it remembers the parameter that it came from and whether it was transposed, so the
+reference is written by the very transformation that the policy went through.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+from onnxscript import optimizer
+from torch import Tensor, nn
+from torch.export import Dim
+
+from dpo_rank.errors import ModelError
+from dpo_rank.scoring.logps import TokenLogProbs
+from dpo_rank.scoring.onnx_engine import feeds
+from dpo_rank.scoring.pack import Group, Layout, pack
+
+logger = logging.getLogger(__name__)
+
+WEIGHT, TRANSPOSED = "dpo_rank.weight", "dpo_rank.transposed"
+REFUSED = {"gpt_oss": "its expert routing has no exported form yet"}
+"""Architectures that score in torch but are not exported, with the reason."""
+
+
+class _Graph(nn.Module):
+    """`TokenLogProbs` with the graph's inputs: prompt and run tokens apart, so that no axis is a sum of two others."""
+
+    def __init__(self, model: TokenLogProbs) -> None:
+        super().__init__()
+        self.scorer = model
+
+    def forward(
+        self,
+        prompt_ids: Tensor,
+        run_ids: Tensor,
+        prompt_positions: Tensor,
+        run_positions: Tensor,
+        prompt_index: Tensor,
+        prompt_slot: Tensor,
+        prompt_length: Tensor,
+        run_index: Tensor,
+        run_slot: Tensor,
+        own_index: Tensor,
+        own_slot: Tensor,
+        source: Tensor,
+        targets: Tensor,
+    ) -> Tensor:
+        fields: Any = (
+            torch.cat([prompt_ids, run_ids]),
+            torch.cat([prompt_positions, run_positions]),
+            prompt_index,
+            prompt_slot,
+            prompt_length,
+            run_index,
+            run_slot,
+            own_index,
+            own_slot,
+            source,
+            targets,
+        )
+        return self.scorer(Layout(*fields))  # type: ignore[no-any-return]
+
+
+_AXES: dict[str, tuple[str, ...]] = {
+    "prompt_ids": ("prompt_tokens",),
+    "run_ids": ("run_tokens",),
+    "prompt_positions": ("prompt_tokens",),
+    "run_positions": ("run_tokens",),
+    "prompt_index": ("prompts", "prompt_max"),
+    "prompt_slot": ("prompt_tokens",),
+    "prompt_length": ("prompts",),
+    "run_index": ("prompts", "run_max"),
+    "run_slot": ("run_tokens",),
+    "own_index": ("candidates", "own_max"),
+    "own_slot": ("run_tokens",),
+    "source": ("targets",),
+    "targets": ("targets",),
+}
+
+
+def trace(model: Any) -> ir.Model:
+    """The scoring graph of a transformers model, float32, every axis dynamic.
+
+    Raises:
+        ModelError: the architecture cannot be exported; the message says why.
+    """
+    name = type(model).__name__
+    if reason := REFUSED.get(model.config.model_type):
+        raise ModelError(f"{name} cannot be exported: {reason}. Ranker.from_models scores it with torch")
+    scorer = TokenLogProbs(model)
+    if not scorer.packed:
+        raise ModelError(f"{name} cannot be exported: {scorer.reason}. Ranker.from_models scores it with torch")
+    example = _example_row(int(model.config.vocab_size))
+    axes = {axis: Dim.DYNAMIC for names in _AXES.values() for axis in names}
+    shapes = {name: {place: axes[axis] for place, axis in enumerate(names)} for name, names in _AXES.items()}
+    inputs = {name: torch.from_numpy(array) for name, array in feeds(example).items()}
+    silent = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(silent), torch.no_grad():
+            program = torch.export.export(
+                _Graph(scorer), args=(), kwargs=inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
+            exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=20)
+    except Exception as error:  # the exporter raises many kinds of its own
+        raise ModelError(f"{name} cannot be exported: {str(error).strip().splitlines()[0]}") from error
+    assert exported is not None
+    graph = exported.model
+    for value, axis_names in zip(graph.graph.inputs, _AXES.values(), strict=True):
+        value.shape = ir.Shape(axis_names)
+    graph.graph.outputs[0].name = "logps"
+    _note_weights(graph, scorer)
+    fold_transposes(graph)
+    # Of the exporter's optimiser only what shrinks the graph: its pattern rewriter takes longer than all the rest, and the
+    # runtime fuses on its own when it loads.
+    optimizer.fold_constants(graph, input_size_limit=1024, output_size_limit=1024, should_fold=_reads_no_weight)
+    common.CommonSubexpressionEliminationPass()(graph)
+    common.RemoveUnusedNodesPass()(graph)
+    return graph
+
+
+def _example_row(vocabulary: int) -> Layout:
+    """Sizes of an axis must differ and be at least 2: the exporter takes equal sizes for one axis and 1 for a constant."""
+    ids = iter(range(1, 10_000))
+
+    def tokens(count: int) -> list[int]:
+        return [next(ids) * 7919 % vocabulary for _ in range(count)]
+
+    return pack([Group(tokens(11), [tokens(7), tokens(3), tokens(5)]), Group(tokens(6), [tokens(4), tokens(9)])]).layout
+
+
+def _note_weights(graph: ir.Model, scorer: TokenLogProbs) -> None:
+    """Write on every initializer which parameter or buffer of the model it is."""
+    names = {**dict(scorer.model.named_parameters(remove_duplicate=False)), **dict(scorer.model.named_buffers(remove_duplicate=False))}
+    for value in graph.graph.initializers.values():
+        assert value.name is not None
+        name = value.name.removeprefix("scorer.model.")
+        if name in names:
+            value.metadata_props[WEIGHT] = name
+
+
+def _reads_no_weight(node: ir.Node) -> bool | None:
+    """What is computed from a weight stays in the graph, however small: other weights are put in its place later."""
+    return False if any(value is not None and WEIGHT in value.metadata_props for value in node.inputs) else None
+
+
+def fold_transposes(graph: ir.Model) -> None:
+    """Store a weight that is only ever read transposed as its transpose; a tied one serves embedding and head as one."""
+    for node in list(graph.graph):
+        source = node.inputs[0] if node.op_type == "Transpose" else None
+        if source is None or not source.is_initializer() or source.shape is None or len(source.shape) != 2:
+            continue
+        uses = [use.node for use in source.uses()]
+        if any(use.op_type not in ("Transpose", "Gather") for use in uses):
+            continue
+        source.const_value = ir.Tensor(np.ascontiguousarray(source.const_value.numpy().T), name=source.name)  # type: ignore[union-attr]
+        source.shape = ir.Shape(source.const_value.shape)
+        source.metadata_props[TRANSPOSED] = "yes"
+        for use in uses:
+            if use.op_type == "Transpose":
+                use.outputs[0].replace_all_uses_with(source)
+                graph.graph.remove(use, safe=True)
+            else:
+                _gather_columns(graph, use)
+
+
+def _gather_columns(graph: ir.Model, gather: ir.Node) -> None:
+    """An embedding over a table that is stored transposed: columns instead of rows, ``ids [1, T]`` -> ``[1, T, width]``."""
+    table, ids = gather.inputs
+    columns = ir.node("Gather", [table, ids], {"axis": 1})
+    rows = ir.node("Transpose", columns.outputs, {"perm": [1, 2, 0]})
+    old = gather.outputs[0]
+    rows.outputs[0].shape, rows.outputs[0].dtype = old.shape, old.dtype
+    graph.graph.insert_before(gather, [columns, rows])
+    old.replace_all_uses_with(rows.outputs[0])
+    graph.graph.remove(gather, safe=True)
+
+
+def with_weights(graph: ir.Model, model: Any) -> ir.Model:
+    """A copy of ``graph`` that holds the weights of ``model``, an instance of the same architecture and config."""
+    twin = graph.clone()
+    weights: Mapping[str, Tensor] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for value in twin.graph.initializers.values():
+        if (name := value.metadata_props.get(WEIGHT)) is None:
+            continue
+        array = weights[name].detach().to("cpu", torch.float32 if weights[name].is_floating_point() else None).numpy()
+        if TRANSPOSED in value.metadata_props:
+            array = np.ascontiguousarray(array.T)
+        assert value.const_value is not None
+        if tuple(array.shape) != tuple(value.const_value.shape):
+            raise ModelError(f"weight {name} has shape {array.shape} in one model and {value.const_value.shape} in the other")
+        value.const_value = ir.Tensor(array, name=value.name)
+    return twin
+
+
+def same_architecture(policy: Any, reference: Any) -> bool:
+    """Whether the two models' configs describe one computation."""
+    skipped = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
+    first, second = policy.config.to_dict(), reference.config.to_dict()
+    return all(first.get(key) == second.get(key) for key in (first.keys() | second.keys()) - skipped)
+
+

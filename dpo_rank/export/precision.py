@@ -1,0 +1,117 @@
+"""Lower precisions of an exported graph.
+
+int8: weights are signed 8-bit with a scale per output column; a row of activations is divided by its own absolute maximum
+before it is quantised, so a token's result depends on its own row alone and not on what else is in the batch (dynamic
+quantisation with one scale per tensor would let candidates change each other's scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+MICROSOFT = "com.microsoft"
+
+
+def int8(graph: ir.Model) -> ir.Model:
+    """A copy of ``graph`` with every weight matrix in 8 bits: linear layers, head and embeddings."""
+    model = graph.clone()
+    model.opset_imports[MICROSOFT] = 1
+    _Quantizer(model.graph).run()
+    return model
+
+
+PRECISIONS: dict[str, Callable[[ir.Model], ir.Model]] = {"fp32": ir.Model.clone, "int8": int8}
+"""What an exported graph can be turned into, by the name of its folder under ``onnx/``."""
+
+
+class _Quantizer:
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self.weights: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self.step = self._constant("int8_step", np.array(1 / 127, dtype=np.float32))
+        self.zero = self._constant("int8_zero", np.array(128, dtype=np.uint8))
+        self.tiny = self._constant("int8_tiny", np.array(1e-30, dtype=np.float32))
+        self.last = self._constant("int8_last_axis", np.array([-1], dtype=np.int64))
+
+    def run(self) -> None:
+        for node in list(self.graph):
+            if node.op_type == "MatMul" and _is_matrix(node.inputs[1]):
+                self._replace(node, self._matmul(node, node.inputs[0], node.inputs[1]))
+            elif node.op_type == "Gemm" and _is_matrix(node.inputs[1]) and _is_plain_gemm(node):
+                product = self._matmul(node, node.inputs[0], node.inputs[1])
+                self._replace(node, self._add(node, "Add", [product, node.inputs[2]]))
+            elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):
+                self._replace(node, self._gather(node))
+        for weight in self.weights:
+            if not weight.uses():
+                self.graph.initializers.pop(str(weight.name))
+
+    def _matmul(self, before: ir.Node, rows: ir.Value, weight: ir.Value) -> ir.Value:
+        """``rows @ weight`` in u8 x s8; rows that feed several products are quantised once."""
+        if rows not in self.rows:
+            top = self._add(before, "ReduceMax", [self._add(before, "Abs", [rows]), self.last], {"keepdims": 1})
+            top = self._add(before, "Max", [top, self.tiny])
+            unit = self._add(before, "Div", [rows, top])
+            self.rows[rows] = self._add(before, "QuantizeLinear", [unit, self.step, self.zero]), top
+        quantized, top = self.rows[rows]
+        values, scales = self._quantized(weight, axis=0)
+        product = self._add(before, "MatMulIntegerToFloat", [quantized, values, self.step, scales, self.zero], domain=MICROSOFT)
+        return self._add(before, "Mul", [product, top])
+
+    def _gather(self, node: ir.Node) -> ir.Value:
+        """Rows (or, of a transposed table, columns) of an 8-bit table, each times its own scale."""
+        table, ids = node.inputs[0], node.inputs[1]
+        assert table is not None
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        values, scales = self._quantized(table, axis=1 - axis)
+        found = self._add(node, "Cast", [self._add(node, "Gather", [values, ids], {"axis": axis})], {"to": ir.DataType.FLOAT})
+        scale = self._add(node, "Gather", [scales, ids], {"axis": 0})
+        if axis == 0:
+            scale = self._add(node, "Unsqueeze", [scale, self.last])
+        return self._add(node, "Mul", [found, scale])
+
+    def _quantized(self, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
+        """8-bit values and the scale of every vector along ``axis``."""
+        if weight not in self.weights:
+            assert weight.const_value is not None
+            array = weight.const_value.numpy()
+            scales = np.maximum(np.abs(array).max(axis=axis), 1e-30).astype(np.float32) / np.float32(127)
+            values = np.rint(array / np.expand_dims(scales, axis)).astype(np.int8)
+            self.weights[weight] = (
+                self._constant(f"{weight.name}_int8", values),
+                self._constant(f"{weight.name}_scale", scales),
+            )
+        return self.weights[weight]
+
+    def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.Tensor(array, name=name))
+        value.dtype = value.const_value.dtype  # type: ignore[union-attr]
+        self.graph.initializers[name] = value
+        return value
+
+    def _add(
+        self, before: ir.Node, op: str, inputs: list[ir.Value | None], attributes: dict[str, int] | None = None, domain: str = ""
+    ) -> ir.Value:
+        node = ir.node(op, inputs, attributes or {}, domain=domain)
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        old = node.outputs[0]
+        value.dtype, value.shape = old.dtype, old.shape
+        old.replace_all_uses_with(value)
+        self.graph.remove(node, safe=True)
+
+
+def _is_matrix(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer() and value.shape is not None and len(value.shape) == 2 and value.dtype == ir.DataType.FLOAT
+
+
+def _is_plain_gemm(node: ir.Node) -> bool:
+    defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
+    return len(node.inputs) == 3 and all(node.attributes[name].value == defaults.get(name) for name in node.attributes)

@@ -1,0 +1,1 @@
+"""Training a policy against a frozen reference, on `transformers.Trainer` through the scoring core."""

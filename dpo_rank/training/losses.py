@@ -1,0 +1,32 @@
+"""Losses over the rewards of one prompt's candidates. All share one signature, so that a new one is a function here.
+
+    loss(rewards [B, N], mask [B, N], targets [B, N]) -> [B]
+
+``rewards`` are ``beta`` times the log-ratios, ``mask`` is True where a candidate stands (the rest is padding) and
+``targets`` are the labels: higher is better, and only their order within a row counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def sigmoid(rewards: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): ``-log sigmoid(r_better - r_worse)``.
+
+    A row of several candidates gives the mean over the pairs that its targets tell apart; a row without any gives 0.
+    """
+    better = (targets[:, :, None] > targets[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    losses = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
+    return torch.where(better, losses, 0.0).sum(dim=(1, 2)) / better.sum(dim=(1, 2)).clamp(min=1)
+
+
+LOSSES: dict[str, Loss] = {"sigmoid": sigmoid}
+LossName = Literal["sigmoid"]
