@@ -57,6 +57,17 @@ class Example:
         return [(a, b) for a in count for b in count if self.scores[a] > self.scores[b]]
 
 
+@dataclass(frozen=True, slots=True)
+class JsonLines:
+    """JSON lines from an open text stream, as a source for `read`."""
+
+    lines: Iterable[str]
+    name: str
+
+
+Source = str | os.PathLike[str] | JsonLines | Iterable[Mapping[str, Any]]
+
+
 @dataclass(slots=True)
 class Problems:
     """Bad rows that were skipped, by message."""
@@ -73,7 +84,7 @@ class Problems:
 
 
 def read(
-    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    source: Source,
     *,
     labelled: bool = True,
     on_error: OnError = "raise",
@@ -104,8 +115,11 @@ def read(
                 problems.messages.append(str(error))
 
 
-def raw_rows(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+def raw_rows(source: Source) -> Iterator[tuple[str, Any]]:
     """``(where, row)`` for each row; a line that is no JSON object comes as a `DataError` in the row's place."""
+    if isinstance(source, JsonLines):
+        yield from json_lines(source.lines, source.name)
+        return
     if not isinstance(source, (str, os.PathLike)):
         for index, row in enumerate(source):
             yield f"row {index}", row
@@ -301,12 +315,13 @@ def _candidate(value: Any, index: int) -> Candidate:
     return Candidate.of(value, index)
 
 
-def held_out(prompt: Prompt, share: float = 0.05) -> bool:
-    """Whether a hash of ``prompt`` puts it among the ``share`` that is kept out of training.
-
-    A text and the same text as a single user turn fall on the same side.
-    """
+def prompt_hash(prompt: Prompt) -> int:
+    """64 bits of a hash that a text and the same text as a single user turn share."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     key = json.dumps([[turn["role"], turn["content"]] for turn in turns], ensure_ascii=False)
-    digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def held_out(prompt: Prompt, share: float = 0.05) -> bool:
+    """Whether a hash of ``prompt`` puts it among the ``share`` that is kept out of training."""
+    return prompt_hash(prompt) < share * 2**64

@@ -161,7 +161,7 @@ class PassageFormat:
     ``{index}`` (1-based) and ``{text}`` in ``item`` are replaced; nothing in a passage's own text is.
     """
 
-    header: str = ""
+    header: str = "Use these passages.\n"
     item: str = "[{index}] {text}\n"
     footer: str = "\n"
 

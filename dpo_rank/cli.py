@@ -1,0 +1,524 @@
+"""The command line: one thin function a command."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dpo_rank.errors import DataError, DpoRankError, MissingExtraError
+
+if TYPE_CHECKING:
+    from dpo_rank.data.formats import Example, OnError, Problems
+    from dpo_rank.evaluation.agreement import Report
+    from dpo_rank.ranker import Ranker
+    from dpo_rank.ranking import Ranking
+
+app = typer.Typer(
+    name="dpo-rank",
+    help="Rank candidate answers by what people would prefer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+errors = Console(stderr=True)
+screen = Console()
+
+RankerOption = Annotated[str, typer.Option("--ranker", "-r", help="Directory or hub id of a ranker; 'starter' is the embedded one.")]
+EngineOption = Annotated[str, typer.Option(help="auto, onnx or torch.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+PrecisionOption = Annotated[str, typer.Option(help="auto, or one that the ranker holds (fp32, int8, ...).")]
+ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default all that this process may use.")]
+InputOption = Annotated[str | None, typer.Option("--input", "-i", help="Rows to read: .jsonl, .jsonl.gz, .json lines, .parquet; '-': stdin.")]
+OutputOption = Annotated[str, typer.Option("--output", "-o", help="Where the rows go with a 'ranking' added; '-': stdout.")]
+OnErrorOption = Annotated[str, typer.Option(help="What a bad row does: 'raise' stops (nothing is written), 'skip' goes on and counts.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+PassageOption = Annotated[list[str] | None, typer.Option("--passage", "-p", help="A text the answers should rest on; may be repeated.")]
+ROW_CHUNK = 64
+
+
+def main() -> None:
+    """Entry point: errors of the package become one line and exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
+    try:
+        app()
+    except DpoRankError as error:
+        errors.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+@app.command()
+def rank(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, and after it the answers.")] = None,
+    answers: Annotated[list[str] | None, typer.Argument(help="Candidate answers.")] = None,
+    ranker: RankerOption = "starter",
+    input: InputOption = None,
+    output: OutputOption = "-",
+    passage: PassageOption = None,
+    top_k: Annotated[int | None, typer.Option(help="Show the first so many.")] = None,
+    on_error: OnErrorOption = "raise",
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put the best answer first.
+
+    [bold]dpo-rank rank[/] "How do I boil an egg?" "In water, 7 minutes." "No."
+
+    [bold]dpo-rank rank[/] --input rows.jsonl --output ranked.jsonl
+    """
+    loaded = _load(ranker, engine, device, precision, threads)
+    if input is not None:
+        _rank_rows(loaded, input, output, on_error, (prompt, answers, passage, top_k))
+        return
+    prompt, answers = _given(prompt, answers)
+    ranking = loaded.rank(prompt, answers, top_k=top_k, passages=passage)
+    if as_json:
+        _print_json({**ranking.to_dict(), "ranker": loaded.name})
+        return
+    screen.print(_ranking_table(ranking, loaded))
+    if ranking.near_tie:
+        screen.print("Near tie: the first is barely ahead of the second.", style="yellow")
+
+
+@app.command()
+def score(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, and after it the answers.")] = None,
+    answers: Annotated[list[str] | None, typer.Argument(help="Candidate answers.")] = None,
+    ranker: RankerOption = "starter",
+    input: InputOption = None,
+    output: OutputOption = "-",
+    passage: PassageOption = None,
+    on_error: OnErrorOption = "raise",
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Raw rewards, in the order of the answers. They compare answers to one prompt, not prompts with each other."""
+    loaded = _load(ranker, engine, device, precision, threads)
+    if input is not None:
+        _rank_rows(loaded, input, output, on_error, (prompt, answers, passage, None))
+        return
+    prompt, answers = _given(prompt, answers)
+    scores = [float(value) for value in loaded.score(prompt, answers, passages=passage)]
+    if as_json:
+        _print_json({"scores": scores, "ranker": loaded.name})
+        return
+    table = Table(title=f"{loaded.name}: raw rewards")
+    table.add_column("score", justify="right")
+    table.add_column("answer")
+    for value, answer in zip(scores, answers, strict=True):
+        table.add_row(f"{value:.4f}", _escape(answer))
+    screen.print(table)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option("--model", "-m", help="Path or hub id to start from; 'starter': the starter's base, from a checkout.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Preference rows: a file or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the ranker to make.")],
+    eval_data: Annotated[str | None, typer.Option(help="Held-out rows; by default 5 % of the prompts are held out.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Frozen reference; by default the start itself.")] = None,
+    sft: Annotated[bool, typer.Option("--sft", help="First train on the best answers by language modelling.")] = False,
+    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the DPO stage.")] = 5e-5,
+    epochs: Annotated[float, typer.Option(help="Of the DPO stage.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 8,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts lose their left.")] = None,
+    max_completion_tokens: Annotated[int | None, typer.Option(help="Longer answers lose their tail.")] = None,
+    evals: Annotated[int, typer.Option(help="How often the held-out agreement is measured.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
+    boundary: Annotated[str, typer.Option(help="'split', or 'joint' as TRL tokenises.")] = "split",
+    precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions to write; may be repeated [fp32, int8].")] = None,
+    export: Annotated[bool, typer.Option("--export/--no-export", help="Write the graphs that run without torch.")] = True,
+    keep_models: Annotated[bool, typer.Option("--keep-models/--no-keep-models", help="Store both models' weights too.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    on_error: OnErrorOption = "raise",
+    as_json: JsonOption = False,
+) -> None:
+    """Train a ranker on preferences, and export it.
+
+    [bold]dpo-rank train[/] --model starter --data pairs.jsonl --output my-ranker
+    """
+    try:
+        from dpo_rank.training.config import DPOConfig
+        from dpo_rank.training.run import train as run
+    except ImportError:
+        raise MissingExtraError("training", "train") from None
+    config = DPOConfig(
+        beta=beta,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        sft=sft,
+        max_prompt_tokens=max_prompt_tokens,
+        max_completion_tokens=max_completion_tokens,
+        evals=evals,
+        seed=seed,
+        bf16=bf16,
+        boundary=_one_of("boundary", boundary, ("split", "joint")),
+        precisions=tuple(precision) if precision else ("fp32", "int8"),
+        export=export,
+        keep_models=keep_models,
+        on_error=_on_error(on_error),
+    )
+    result = run(
+        model, data, output, eval_data=eval_data, reference=reference, config=config, overwrite=overwrite, say=lambda text: errors.print(f"[dim]{_escape(text)}[/]")
+    )
+    if result.problems:
+        errors.print(f"[yellow]{_escape(str(result.problems))}[/]")
+    if as_json:
+        _print_json({"output": str(result.output), **result.facts})
+        return
+    screen.print(_held_out_table(result.facts["held_out"], str(result.output)))
+    screen.print(f"Ranker.load({str(result.output)!r}) or: dpo-rank rank --ranker {result.output} PROMPT ANSWER ANSWER")
+
+
+@app.command()
+def export(
+    policy: Annotated[str, typer.Option(help="Path or hub id of a DPO-trained policy (or adapter).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the ranker to make.")],
+    reference: Annotated[str | None, typer.Option(help="Path or hub id of the reference it was trained against; none for an adapter.")] = None,
+    beta: Annotated[float, typer.Option(help="Of the training run.")] = 0.1,
+    reward: Annotated[str, typer.Option(help="'sum', or 'mean' where the loss compared means (IPO, length-normalised).")] = "sum",
+    boundary: Annotated[str, typer.Option(help="'split', or 'joint' for pairs trained on joint tokenisation.")] = "split",
+    string_prompt: Annotated[str | None, typer.Option(help="What a plain text prompt is: user_turn or verbatim.")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions to write; may be repeated [fp32, int8].")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+) -> None:
+    """Turn a pair that others trained into a ranker that runs without torch.
+
+    [bold]dpo-rank export[/] --policy P --reference R --beta 0.1 --output my-ranker
+    """
+    from dpo_rank.ranker import Ranker
+
+    pair = Ranker.from_models(
+        policy,
+        reference,
+        beta=beta,
+        reward=_one_of("reward", reward, ("sum", "mean")),
+        boundary=_one_of("boundary", boundary, ("split", "joint")),
+        string_prompt=None if string_prompt is None else _one_of("string_prompt", string_prompt, ("user_turn", "verbatim")),
+        device="cpu",
+    )
+    with errors.status("exporting"):
+        path = pair.export(output, tuple(precision) if precision else ("fp32", "int8"), overwrite=overwrite)
+    screen.print(f"{path}: exported and checked against torch. Its temperature is not fitted: dpo-rank calibrate --ranker {path} --data ROWS")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Option("--data", "-d", help="Labelled rows: a file or a hub id.")],
+    ranker: RankerOption = "starter",
+    rankings: Annotated[str | None, typer.Option(help="Rows with a 'ranking' already in them (by any ranker): no model is run.")] = None,
+    by: Annotated[str, typer.Option(help="Key of the rows to slice by.")] = "subset",
+    on_error: OnErrorOption = "raise",
+    engine: EngineOption = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How often a ranker agrees with labels, beside the length rules and a coin."""
+    from dpo_rank.data.formats import Problems, read
+    from dpo_rank.evaluation.agreement import BASELINES, evaluate_scores, score_examples
+
+    problems = Problems()
+    source = rankings if rankings is not None else data
+    examples = [row for row in read(_source(source), on_error=_on_error(on_error), problems=problems) if row.pairs()]
+    if not examples:
+        raise DataError(f"{source}: no row has labels that tell its candidates apart")
+    if rankings is not None:
+        name, scores = _given_scores(examples)
+    else:
+        loaded = _load(ranker, engine, device, precision, threads)
+        name = loaded.name
+        with _progress("scoring", len(examples)) as step:
+            scores = score_examples(loaded, examples, step)
+    reports = [evaluate_scores(name, examples, scores, by)]
+    reports += [evaluate_scores(rule, examples, rule_scores(examples), by) for rule, rule_scores in BASELINES.items()]
+    _tell(problems)
+    if as_json:
+        _print_json({"data": source, "reports": [report.to_dict() for report in reports], "skipped": len(problems)})
+        return
+    screen.print(_reports_table(reports, source))
+
+
+@app.command()
+def calibrate(
+    data: Annotated[str, typer.Option("--data", "-d", help="Labelled rows that the ranker was not trained on.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the ranker goes with its new temperature.")],
+    ranker: RankerOption = "starter",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    on_error: OnErrorOption = "raise",
+    as_json: JsonOption = False,
+) -> None:
+    """Fit the temperature that turns margins into probabilities."""
+    from dpo_rank.data.formats import Problems, read
+
+    loaded = _load(ranker, "auto", "auto", "auto", None)
+    problems = Problems()
+    report = loaded.calibrate(read(_source(data), on_error=_on_error(on_error), problems=problems))
+    loaded.save(output, overwrite=overwrite)
+    _tell(problems)
+    if as_json:
+        _print_json({"output": str(output), **report.to_dict()})
+        return
+    screen.print(
+        f"temperature {report.temperature:.4g} on {report.num_pairs} pairs of {report.num_prompts} prompts; agreement {report.agreement:.3f}; "
+        f"nll {report.nll_before:.4f} -> {report.nll_after:.4f} nats (a coin: 0.6931). Saved to {output}"
+    )
+
+
+@app.command()
+def info(ranker: RankerOption = "starter", as_json: JsonOption = False) -> None:
+    """What is installed, what can be used here, and what a ranker says of itself."""
+    from dpo_rank.environment import describe
+
+    loaded = _load(ranker, "auto", "auto", "auto", None)
+    manifest = loaded.manifest
+    facts = {
+        "ranker": loaded.name,
+        "engine": loaded.engine,
+        "device": loaded.device,
+        "precision": loaded.precision,
+        "precisions": list(manifest.precisions),
+        "beta": manifest.beta,
+        "reward": manifest.reward,
+        "temperature": manifest.temperature,
+        "calibrated": manifest.calibrated,
+        "reads at most": f"{manifest.limits.max_prompt_tokens} prompt + {manifest.limits.max_completion_tokens} answer tokens",
+        "passages": manifest.passage_format is not None,
+    }
+    here = describe()
+    if as_json:
+        _print_json({"ranker": facts, **here})
+        return
+    for title, content in (("ranker", facts), ("packages", here["packages"]), ("engines", here["engines"])):
+        table = Table(title=title, show_header=False, title_justify="left")
+        for key, value in content.items():
+            table.add_row(str(key), _escape(str(value)))
+        screen.print(table)
+    for problem in here["problems"]:
+        screen.print(f"[yellow]{_escape(problem)}[/]")
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _load(ranker: str, engine: str, device: str, precision: str, threads: int | None) -> Ranker:
+    from dpo_rank.ranker import Ranker
+
+    return Ranker.load(ranker, engine=engine, device=device, precision=precision, threads=threads)
+
+
+def _given(prompt: str | None, answers: list[str] | None) -> tuple[str, list[str]]:
+    if prompt is None:
+        raise DataError("nothing to rank: give a prompt and answers, or --input rows.jsonl")
+    if not answers:
+        raise DataError("a prompt and no answers: give at least one answer after the prompt")
+    return prompt, answers
+
+
+def _source(name: str) -> Any:
+    from dpo_rank.data.formats import JsonLines
+
+    return JsonLines(sys.stdin, "stdin") if name == "-" else name
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
+    if value not in known:
+        raise DataError(f"{name} is {' or '.join(known)}, not {value!r}")
+    return value
+
+
+def _on_error(value: str) -> OnError:
+    found: OnError = _one_of("on-error", value, ("raise", "skip"))
+    return found
+
+
+def _tell(problems: Problems) -> None:
+    if problems:
+        errors.print(f"[yellow]{_escape(str(problems))}[/]")
+
+
+def _rank_rows(ranker: Ranker, source: str, output: str, on_error: str, unused: tuple[Any, ...]) -> None:
+    """Rows in, the same rows with a ``ranking`` out; a file appears when it is complete."""
+    from dpo_rank.data.formats import Problems, read
+
+    if any(unused):
+        raise DataError("--input reads prompts, answers and passages from rows: leave out the arguments and --passage, --top-k")
+    mode = _on_error(on_error)
+    problems = Problems()
+    examples = read(_source(source), labelled=False, on_error=mode, problems=problems)
+    with _output(output) as lines, _progress("ranking", None) as step:
+        for chunk in _chunks(examples):
+            for example, ranking in zip(chunk, _rank_chunk(ranker, chunk, mode, problems), strict=True):
+                if ranking is not None:
+                    lines.write(json.dumps({**example.raw, "ranking": ranking_entry(ranking, ranker.name)}, ensure_ascii=False) + "\n")
+            step(len(chunk))
+    _tell(problems)
+
+
+def _rank_chunk(ranker: Ranker, chunk: list[Example], mode: str, problems: Problems) -> list[Ranking | None]:
+    """Rankings of a chunk; where it fails as a whole, row by row, so that only the bad row is lost."""
+    try:
+        return list(
+            ranker.rank_many([e.prompt for e in chunk], [e.candidates for e in chunk], passages=[e.passages or None for e in chunk])
+        )
+    except DataError:
+        found: list[Ranking | None] = []
+        for example in chunk:
+            try:
+                found.append(ranker.rank(example.prompt, example.candidates, passages=example.passages or None))
+            except DataError as error:
+                if mode == "raise":
+                    raise DataError(f"{example.where}: {error}") from None
+                problems.messages.append(f"{example.where}: {error}")
+                found.append(None)
+        return found
+
+
+def ranking_entry(ranking: Ranking, name: str) -> dict[str, Any]:
+    """What a ranked row carries: ``order`` best first; the other lists in the order of the row's candidates."""
+    by_index = sorted(ranking, key=lambda candidate: candidate.index)
+    return {
+        "order": ranking.order,
+        "scores": [candidate.score for candidate in by_index],
+        "probabilities": [candidate.probability for candidate in by_index],
+        "truncated": [candidate.truncated for candidate in by_index],
+        "ranker": name,
+    }
+
+
+def _given_scores(examples: list[Example]) -> tuple[str, list[Any]]:
+    """Scores that rows bring along, from their ``ranking``'s scores or order."""
+    import numpy as np
+
+    found, names = [], set()
+    for example in examples:
+        entry = example.raw.get("ranking")
+        if not isinstance(entry, dict):
+            raise DataError(f"{example.where}: field 'ranking' is missing")
+        count = len(example.candidates)
+        scores, order = entry.get("scores"), entry.get("order")
+        if scores is None and isinstance(order, list) and sorted(order) == list(range(count)):
+            scores = [-order.index(index) for index in range(count)]
+        if not isinstance(scores, list) or len(scores) != count or not all(isinstance(s, (int, float)) for s in scores):
+            raise DataError(f"{example.where}: field 'ranking': needs {count} scores, or an order of {count} indices")
+        found.append(np.array(scores, dtype=np.float64))
+        names.add(str(entry.get("ranker", "rankings")))
+    return " + ".join(sorted(names)), found
+
+
+def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
+    chunk: list[Example] = []
+    for example in examples:
+        chunk.append(example)
+        if len(chunk) == ROW_CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+@contextmanager
+def _output(name: str) -> Iterator[IO[str]]:
+    """stdout, or a file that replaces ``name`` once everything is written."""
+    if name == "-":
+        yield sys.stdout
+        return
+    path = Path(name)
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _ranking_table(ranking: Ranking, ranker: Ranker) -> Table:
+    table = Table(title=f"ranker: {ranker.name} ({ranker.engine}, {ranker.precision}, {ranker.device})", title_justify="left")
+    for name in ("#", "index", "probability", "score"):
+        table.add_column(name, justify="right")
+    table.add_column("answer", overflow="fold")
+    for place, candidate in enumerate(ranking, 1):
+        mark = " [yellow](cut)[/]" if candidate.truncated else ""
+        table.add_row(str(place), str(candidate.index), f"{candidate.probability:.3f}", f"{candidate.score:.3f}", _escape(candidate.text) + mark)
+    return table
+
+
+def _reports_table(reports: list[Report], source: str) -> Table:
+    first = reports[0]
+    table = Table(title=f"agreement with the labels of {source} (95 % interval over prompts)", title_justify="left")
+    table.add_column("ranker")
+    table.add_column(f"pairs in order (n={first.agreement.num_prompts})", justify="right")
+    if first.best_of_n:
+        table.add_column(f"label of the best of N (n={first.best_of_n.num_prompts})", justify="right")
+    for key, figure in first.slices.items():
+        table.add_column(f"{key} (n={figure.num_prompts})", justify="right")
+    for report in reports:
+        best = [str(report.best_of_n)] if report.best_of_n else []
+        table.add_row(report.name, str(report.agreement), *best, *(f"{report.slices[key].value:.3f}" for key in first.slices))
+    return table
+
+
+def _held_out_table(held_out: dict[str, dict[str, Any]], name: str) -> Table:
+    table = Table(title=f"{name}: held-out agreement", title_justify="left")
+    for column in ("rows", "prompts", "agreement", "95 % interval", "shorter is better", "longer is better"):
+        table.add_column(column, justify="left" if column == "rows" else "right")
+    for key, row in held_out.items():
+        low, high = row["interval"]
+        table.add_row(key, str(row["num_prompts"]), f"{row['agreement']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['shortest']:.3f}", f"{row['longest']:.3f}")
+    return table
+
+
+def _print_json(data: Any) -> None:
+    sys.stdout.write(json.dumps(data, ensure_ascii=False) + "\n")
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()
