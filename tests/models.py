@@ -57,7 +57,7 @@ def tiny(name: str, seed: int = 0, **changes: Any) -> Any:
     model_type, settings = CONFIGS[name]
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**settings, **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

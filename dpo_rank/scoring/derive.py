@@ -109,6 +109,9 @@ def derive(render: Render, string: StringPrompt = "user_turn") -> PromptFormat:
         joints["system>user"] = _between(with_system, SYSTEM, USER)
     if repeated := _try(render, [user, again]):
         joints["user>user"] = _between(repeated, USER, USER_2)
+    second = {"role": "assistant", "content": USER_2}
+    if repeated := _try(render, [user, answer, second, {"role": "user", "content": SYSTEM}]):
+        joints["assistant>assistant"] = _between(repeated, ANSWER, USER_2)
     form = replace(form, joints=joints)
     form = _with_strips(render, form)
     form = _with_thinking(render, form)
@@ -131,7 +134,7 @@ def conversations(form: PromptFormat) -> Iterator[tuple[str, list[Message], str]
     }
     for name, (system, user, answer) in contents.items():
         turns = {"system": system, "user": user, "assistant": answer}
-        for shape in ("u", "su", "uau", "suau", "uauau", "uu"):
+        for shape in ("u", "su", "uau", "suau", "uauau", "uu", "uaau"):
             roles = [{"s": "system", "u": "user", "a": "assistant"}[letter] for letter in shape]
             if all(f"{a}>{b}" in form.joints for a, b in itertools.pairwise(["start", *roles, "answer"])):
                 yield f"{name} content, turns {shape}", [{"role": role, "content": turns[role]} for role in roles], answer

@@ -91,6 +91,8 @@ class Encoder:
             DataError: a prompt, passage or answer cannot be encoded; the message names it by index.
         """
         ends = [True] * len(answers) if finished is None else list(finished)
+        if passages is not None and (isinstance(passages, (str, bytes, Mapping)) or not isinstance(passages, Sequence)):
+            raise DataError(f"passages are a list of texts, not {type(passages).__name__}")
         texts = [passage_text(passage, index) for index, passage in enumerate(passages or ())]
         if texts and self.passage_format is None:
             raise DataError(

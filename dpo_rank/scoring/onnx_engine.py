@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Sequence
@@ -120,6 +121,9 @@ class OnnxEngine:
         if self._pid != os.getpid():
             with self._lock:
                 if self._pid != os.getpid():
+                    for session in self._sessions:
+                        # Destroying a session joins its threads, which the fork left behind: it would wait for ever.
+                        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
                     self._open()
         inputs = feeds(row.layout)
         policy, reference = (np.asarray(session.run(["logps"], inputs)[0], dtype=np.float32) for session in self._sessions)

@@ -191,7 +191,7 @@ def _fitting(members: list[Group], group: Group, pending: list[int], token_budge
         own_max = max(own_max, length)
         area = (len(members) + 1) * prompt_max * (prompt_max + max(run_max, run)) + (count + taken + 1) * own_max**2
         alone = not members and not taken
-        if not alone and (prompt_tokens + run_tokens + run > token_budget or area > area_budget):
+        if not alone and (prompt_tokens + max(1, run_tokens + run) > token_budget or area > area_budget):
             break
         taken += 1
     return taken
