@@ -1,10 +1,10 @@
 """Inference-time preference ranking: put the answer that people would prefer first.
 
-    from dpo_rank import Ranker
+from dpo_rank import Ranker
 
-    ranker = Ranker.load()
-    ranking = ranker.rank("How do I boil an egg?", ["In water, 7 minutes.", "No."])
-    print(ranking.best.text)
+ranker = Ranker.load()
+ranking = ranker.rank("How do I boil an egg?", ["In water, 7 minutes.", "No."])
+print(ranking.best.text)
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ class Manifest:
         name: what the ranker is called in outputs.
         training: facts of the run that made it, and its measured figures.
         files: size and SHA-256 of every other file.
+
     """
 
     beta: float
@@ -106,6 +107,7 @@ def save(target: str | os.PathLike[str], manifest: Manifest, write: Callable[[Pa
 
     Raises:
         ArtifactError: the target exists.
+
     """
     path = Path(target)
     if not overwrite and (path.exists() or path.is_symlink()):
@@ -181,6 +183,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
 
     Raises:
         ArtifactError: what is wrong, with the file's name.
+
     """
     root = Path(path)
     if not root.is_dir():
@@ -207,6 +210,7 @@ def read_manifest(data: bytes) -> Manifest:
 
     Raises:
         ArtifactError: damaged, of a newer format, or with a field that cannot be used.
+
     """
     try:
         content = json.loads(data)
@@ -219,7 +223,9 @@ def read_manifest(data: bytes) -> Manifest:
         raise ArtifactError(f"{MANIFEST}: format_version is {version!r}: the file is damaged")
     writer = content.get("written_by", "an unknown version")
     if version > FORMAT_VERSION:
-        raise ArtifactError(f"{MANIFEST}: format {version}, written by {writer}; this version reads up to {FORMAT_VERSION}: update dpo_rank")
+        raise ArtifactError(
+            f"{MANIFEST}: format {version}, written by {writer}; this version reads up to {FORMAT_VERSION}: update dpo_rank"
+        )
     own = content.get("self_sha256")
     blanked = data.replace(str(own).encode(), _NO_SELF.encode()) if isinstance(own, str) and len(own) == 64 else b""
     if hashlib.sha256(blanked).hexdigest() != own:

@@ -43,7 +43,9 @@ EngineOption = Annotated[str, typer.Option(help="auto, onnx or torch.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 PrecisionOption = Annotated[str, typer.Option(help="auto, or one that the ranker holds (fp32, int8, ...).")]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads; by default all that this process may use.")]
-InputOption = Annotated[str | None, typer.Option("--input", "-i", help="Rows to read: .jsonl, .jsonl.gz, .json lines, .parquet; '-': stdin.")]
+InputOption = Annotated[
+    str | None, typer.Option("--input", "-i", help="Rows to read: .jsonl, .jsonl.gz, .json lines, .parquet; '-': stdin.")
+]
 OutputOption = Annotated[str, typer.Option("--output", "-o", help="Where the rows go with a 'ranking' added; '-': stdout.")]
 OnErrorOption = Annotated[str, typer.Option(help="What a bad row does: 'raise' stops (nothing is written), 'skip' goes on and counts.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -53,7 +55,9 @@ ROW_CHUNK = 64
 
 def main() -> None:
     """Entry point: errors of the package become one line and exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)])
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=errors, show_time=False, show_path=False)]
+    )
     try:
         app()
     except DpoRankError as error:
@@ -135,7 +139,9 @@ def score(
 
 @app.command()
 def train(
-    model: Annotated[str, typer.Option("--model", "-m", help="Path or hub id to start from; 'starter': the starter's base, from a checkout.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Path or hub id to start from; 'starter': the starter's base, from a checkout.")
+    ],
     data: Annotated[str, typer.Option("--data", "-d", help="Preference rows: a file or a hub id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the ranker to make.")],
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows; by default 5 % of the prompts are held out.")] = None,
@@ -185,7 +191,14 @@ def train(
         on_error=_on_error(on_error),
     )
     result = run(
-        model, data, output, eval_data=eval_data, reference=reference, config=config, overwrite=overwrite, say=lambda text: errors.print(f"[dim]{_escape(text)}[/]")
+        model,
+        data,
+        output,
+        eval_data=eval_data,
+        reference=reference,
+        config=config,
+        overwrite=overwrite,
+        say=lambda text: errors.print(f"[dim]{_escape(text)}[/]"),
     )
     if result.problems:
         errors.print(f"[yellow]{_escape(str(result.problems))}[/]")
@@ -200,7 +213,9 @@ def train(
 def export(
     policy: Annotated[str, typer.Option(help="Path or hub id of a DPO-trained policy (or adapter).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the ranker to make.")],
-    reference: Annotated[str | None, typer.Option(help="Path or hub id of the reference it was trained against; none for an adapter.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Path or hub id of the reference it was trained against; none for an adapter.")
+    ] = None,
     beta: Annotated[float, typer.Option(help="Of the training run.")] = 0.1,
     reward: Annotated[str, typer.Option(help="'sum', or 'mean' where the loss compared means (IPO, length-normalised).")] = "sum",
     boundary: Annotated[str, typer.Option(help="'split', or 'joint' for pairs trained on joint tokenisation.")] = "split",
@@ -225,7 +240,9 @@ def export(
     )
     with errors.status("exporting"):
         path = pair.export(output, tuple(precision) if precision else ("fp32", "int8"), overwrite=overwrite)
-    screen.print(f"{path}: exported and checked against torch. Its temperature is not fitted: dpo-rank calibrate --ranker {path} --data ROWS")
+    screen.print(
+        f"{path}: exported and checked against torch. Its temperature is not fitted: dpo-rank calibrate --ranker {path} --data ROWS"
+    )
 
 
 @app.command()
@@ -256,7 +273,7 @@ def evaluate(
         loaded = _load(ranker, engine, device, precision, threads)
         name = loaded.name
         with _progress("scoring", len(examples)) as step:
-            scores = score_examples(loaded, examples, step)
+            scores = list(score_examples(loaded, examples, step))
     reports = [evaluate_scores(name, examples, scores, by)]
     reports += [evaluate_scores(rule, examples, rule_scores(examples), by) for rule, rule_scores in BASELINES.items()]
     _tell(problems)
@@ -287,7 +304,8 @@ def calibrate(
         _print_json({"output": str(output), **report.to_dict()})
         return
     screen.print(
-        f"temperature {report.temperature:.4g} on {report.num_pairs} pairs of {report.num_prompts} prompts; agreement {report.agreement:.3f}; "
+        f"temperature {report.temperature:.4g} on {report.num_pairs} pairs of {report.num_prompts} prompts; "
+        f"agreement {report.agreement:.3f}; "
         f"nll {report.nll_before:.4f} -> {report.nll_after:.4f} nats (a coin: 0.6931). Saved to {output}"
     )
 
@@ -481,7 +499,9 @@ def _ranking_table(ranking: Ranking, ranker: Ranker) -> Table:
     table.add_column("answer", overflow="fold")
     for place, candidate in enumerate(ranking, 1):
         mark = " [yellow](cut)[/]" if candidate.truncated else ""
-        table.add_row(str(place), str(candidate.index), f"{candidate.probability:.3f}", f"{candidate.score:.3f}", _escape(candidate.text) + mark)
+        table.add_row(
+            str(place), str(candidate.index), f"{candidate.probability:.3f}", f"{candidate.score:.3f}", _escape(candidate.text) + mark
+        )
     return table
 
 
@@ -506,7 +526,14 @@ def _held_out_table(held_out: dict[str, dict[str, Any]], name: str) -> Table:
         table.add_column(column, justify="left" if column == "rows" else "right")
     for key, row in held_out.items():
         low, high = row["interval"]
-        table.add_row(key, str(row["num_prompts"]), f"{row['agreement']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['shortest']:.3f}", f"{row['longest']:.3f}")
+        table.add_row(
+            key,
+            str(row["num_prompts"]),
+            f"{row['agreement']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{row['shortest']:.3f}",
+            f"{row['longest']:.3f}",
+        )
     return table
 
 

@@ -47,6 +47,7 @@ class TokenContribution:
         text: the token, decoded on its own.
         policy, reference: its log-probs in nats.
         contribution: what it adds to the score.
+
     """
 
     text: str
@@ -64,6 +65,7 @@ class Ranker:
         temperature: divides scores before they become probabilities.
         calibrated: whether it was fitted on held-out preferences.
         token_budget: tokens of one packed row at most; bounds memory.
+
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class Ranker:
         Raises:
             ArtifactError: the artifact is missing, damaged or of a newer format.
             UnavailableError: what was asked for by name cannot be used here.
+
         """
         if threads is not None and threads < 1:
             raise DataError(f"threads must be at least 1, not {threads}")
@@ -182,6 +185,7 @@ class Ranker:
 
         Raises:
             ModelError: the two are no pair that can be scored.
+
         """
         if not (beta > 0 and np.isfinite(beta)):
             raise DataError(f"beta must be a number above 0, not {beta}")
@@ -256,6 +260,7 @@ class Ranker:
         Raises:
             DataError: input that cannot be ranked; the message says which and why.
             NonFiniteScoreError: a score came out as NaN or infinite.
+
         """
         return self.rank_many([prompt], [candidates], top_k=top_k, passages=None if passages is None else [passages])[0]
 
@@ -273,6 +278,7 @@ class Ranker:
             prompts, candidate_lists: one list of candidates a prompt.
             top_k: see `rank`.
             passages: one list (or None) a prompt.
+
         """
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0):
             raise DataError(f"top_k is a number of candidates or None, not {top_k!r}")
@@ -292,9 +298,7 @@ class Ranker:
             for candidates, group, items in zip(lists, encoded, scores, strict=True)
         ]
 
-    def score(
-        self, prompt: Prompt, candidates: Sequence[Answer], *, passages: Sequence[Passage] | None = None
-    ) -> npt.NDArray[np.float32]:
+    def score(self, prompt: Prompt, candidates: Sequence[Answer], *, passages: Sequence[Passage] | None = None) -> npt.NDArray[np.float32]:
         """Raw rewards, float32 ``[N]``, in the order of ``candidates``."""
         return self.score_many([prompt], [candidates], passages=None if passages is None else [passages])[0]
 
@@ -319,6 +323,7 @@ class Ranker:
 
         Raises:
             TypeError: ``generate`` is a coroutine function; use `abest_of_n`.
+
         """
         if inspect.iscoroutinefunction(generate) or inspect.iscoroutinefunction(getattr(generate, "__call__", None)):  # noqa: B004
             raise TypeError("generate is a coroutine function: use `await ranker.abest_of_n(prompt, generate, n)`")
@@ -361,6 +366,7 @@ class Ranker:
 
         Raises:
             DataError: a bad row, or no pair that the labels tell apart.
+
         """
         from dpo_rank.data.formats import Example, parse
         from dpo_rank.evaluation.calibration import calibrate
@@ -372,9 +378,7 @@ class Ranker:
             [example.candidates for example in examples],
             passages=[example.passages or None for example in examples],
         )
-        margins = [
-            np.array([float(s[a]) - float(s[b]) for a, b in example.pairs()]) for example, s in zip(examples, scores, strict=True)
-        ]
+        margins = [np.array([float(s[a]) - float(s[b]) for a, b in example.pairs()]) for example, s in zip(examples, scores, strict=True)]
         report = calibrate(margins, self.temperature)
         self.temperature, self.calibrated = report.temperature, True
         return report
@@ -388,6 +392,7 @@ class Ranker:
 
         Raises:
             ArtifactError: ``path`` exists and ``overwrite`` is False.
+
         """
         if self._artifact is not None:
             artifact = self._artifact
@@ -401,6 +406,7 @@ class Ranker:
 
         Raises:
             ModelError: the architecture cannot be exported, or the graph does not score as torch does.
+
         """
         try:
             from dpo_rank.export.pair import export_pair

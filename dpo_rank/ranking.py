@@ -24,6 +24,7 @@ class Candidate:
         id: anything the caller recognises it by.
         metadata: carried to the result untouched.
         finished: False for an answer cut off by a token limit: no end token is scored then.
+
     """
 
     text: str
@@ -40,6 +41,7 @@ class Candidate:
 
         Raises:
             DataError: it is none of these; the message names the candidate by ``index``.
+
         """
         if isinstance(value, Candidate):
             return value
@@ -73,6 +75,7 @@ class RankedCandidate:
         probability: softmax of score / temperature over all candidates given.
         num_tokens: tokens that were scored.
         truncated: its tail was too long for the ranker and was not read.
+
     """
 
     index: int
@@ -100,6 +103,7 @@ class Ranking(Sequence[RankedCandidate]):
         near_tie: the best is barely ahead: it beats the runner-up with a probability below `NEAR_TIE`.
         prompt_truncated: the prompt was too long for the ranker and was cut.
         dropped_passages: indices of passages that did not fit.
+
     """
 
     candidates: tuple[RankedCandidate, ...]
@@ -114,6 +118,7 @@ class Ranking(Sequence[RankedCandidate]):
 
         Raises:
             EmptyRankingError: there is none.
+
         """
         if not self.candidates:
             raise EmptyRankingError("the ranking is empty: no candidates were given")

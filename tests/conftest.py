@@ -21,7 +21,7 @@ def seeded():
     import numpy as np
 
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     try:
         import torch
     except ImportError:

@@ -20,7 +20,15 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GROUPED: dict[str, Any] = {**_COMMON, "num_key_value_heads": 2}
-_GPT: dict[str, Any] = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+_GPT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _NO_DROPOUT: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,8 +41,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**_GROUPED, "sliding_window": None}),
     "mistral-window": ("mistral", {**_GROUPED, "sliding_window": 5}),
     "olmo2": ("olmo2", _GROUPED),
-    "gemma2": ("gemma2", {**_GROUPED, "head_dim": 16, "sliding_window": 6, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16}),
-    "gemma3": ("gemma3_text", {**_GROUPED, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma2": (
+        "gemma2",
+        {
+            **_GROUPED,
+            "head_dim": 16,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {**_GROUPED, "head_dim": 16, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
     "gpt-oss": ("gpt_oss", {**_GROUPED, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}),
     "phi3": ("phi3", {**_GROUPED, "sliding_window": None}),
     "gpt2": ("gpt2", {**_GPT, **_NO_DROPOUT}),
@@ -42,10 +63,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-neox": ("gpt_neox", {**_COMMON, "rotary_pct": 0.5}),
     "starcoder2": ("starcoder2", {**_GROUPED, "residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": None}),
     "starcoder2-window": ("starcoder2", {**_GROUPED, "residual_dropout": 0.0, "embedding_dropout": 0.0, "sliding_window": 7}),
-    "granite": ("granite", {**_GROUPED, "logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "granite": (
+        "granite",
+        {**_GROUPED, "logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
     "cohere": ("cohere", {**_GROUPED, "logit_scale": 0.3}),
-    "gpt-neo": ("gpt_neo", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6, "max_position_embeddings": 128, "intermediate_size": 48, "bos_token_id": 1, "eos_token_id": 2, "resid_dropout": 0.0, "embed_dropout": 0.0, "attention_dropout": 0.0}),
-    "bloom": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0}),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 6,
+            "max_position_embeddings": 128,
+            "intermediate_size": 48,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "resid_dropout": 0.0,
+            "embed_dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
+    ),
+    "bloom": (
+        "bloom",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    ),
 }
 FALLBACK = ("gpt-neo", "bloom")
 """Architectures outside the attention registry: they take the padded batch."""

@@ -60,6 +60,14 @@ def trl_templates() -> dict[str, str]:
     return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))}
 
 
-_SHIPPED = {"qwen2.5": "qwen2_5", "qwen3": "qwen3", "llama3": "llama3", "llama3.1": "llama3_1", "llama3.2": "llama3_2", "gemma3": "gemma3", "phi3": "phi3"}
+_SHIPPED = {
+    "qwen2.5": "qwen2_5",
+    "qwen3": "qwen3",
+    "llama3": "llama3",
+    "llama3.1": "llama3_1",
+    "llama3.2": "llama3_2",
+    "gemma3": "gemma3",
+    "phi3": "phi3",
+}
 DOCUMENTED = {**_OWN, **{name: trl_templates()[f"{file}.jinja"] for name, file in _SHIPPED.items()}}
 """The formats every release must express, by name."""

@@ -98,7 +98,9 @@ def test_a_file_that_is_not_listed_is_never_opened(copy):
     assert not (saved / "evil.py").exists()
 
 
-@pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "onnx/../../outside", "a\\b", "c:evil", "onnx//x", "./x", "dpo_rank.json", ""])
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "onnx/../../outside", "a\\b", "c:evil", "onnx//x", "./x", "dpo_rank.json", ""]
+)
 def test_a_path_that_escapes_is_refused(copy, name):
     resign(copy, lambda data: data["files"].update({name: {"size": 1, "sha256": "0" * 63 + "1"}}))
     with pytest.raises(ArtifactError, match="no plain path inside"):

@@ -36,7 +36,10 @@ def test_scores_are_the_reward_of_the_plain_forward_pass(ranker):
         ids = torch.tensor([whole])
         targets = ids[:, len(prompt) :, None]
         with torch.no_grad():
-            sums = [model(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1).gather(2, targets).double().sum() for model in (policy, reference)]
+            sums = [
+                model(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1).gather(2, targets).double().sum()
+                for model in (policy, reference)
+            ]
         expected.append(0.1 * float(sums[0] - sums[1]))
     np.testing.assert_allclose(ranker.score(PROMPT, ANSWERS), expected, atol=1e-4)
 
@@ -61,7 +64,9 @@ def test_a_ranking(ranker):
     assert len(ranking) == 4
     assert sorted(ranking.order) == [0, 1, 2, 3]
     assert ranking.order.index(0) < ranking.order.index(1)  # a tie keeps the input's order
-    assert [c.score for c in ranking] == sorted((float(s) for s in scores), reverse=True) or ranking[0].score == pytest.approx(float(scores.max()))
+    assert [c.score for c in ranking] == sorted((float(s) for s in scores), reverse=True) or ranking[0].score == pytest.approx(
+        float(scores.max())
+    )
     assert ranking.best is ranking[0]
     assert all(isinstance(c.score, float) and isinstance(c.probability, float) for c in ranking)
     assert sum(c.probability for c in ranking) == pytest.approx(1)

@@ -40,6 +40,7 @@ class Example:
         passages: texts (or mappings with ``text``) the answers should rest on.
         where: ``file:line`` of the row, for messages.
         raw: the row as read.
+
     """
 
     prompt: Prompt
@@ -102,6 +103,7 @@ def read(
     Raises:
         DataError: a bad row (its message names file, line and field), or a source that is not there.
         MissingExtraError: parquet or hub rows without ``datasets``.
+
     """
     for where, row in raw_rows(source):
         try:
@@ -188,6 +190,7 @@ def parse(row: Any, where: str = "row", *, labelled: bool = True) -> Example:
 
     Raises:
         DataError: the message names ``where`` and the field.
+
     """
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: expected an object with fields, got {type(row).__name__}")
@@ -236,7 +239,7 @@ def _prompt(row: Mapping[str, Any], name: str) -> Prompt:
 
 def _pair(row: Mapping[str, Any]) -> tuple[Prompt, Any, Any]:
     """Prompt, chosen and rejected, the prompt taken from what both begin with where the row does not name it."""
-    answers = []
+    answers: list[Any] = []
     for name in ("chosen", "rejected"):
         if name not in row:
             raise DataError(f"field {name!r}: is missing")
@@ -260,14 +263,14 @@ def _pair(row: Mapping[str, Any]) -> tuple[Prompt, Any, Any]:
         return _prompt({"prompt": prompt}, "prompt"), chosen[shared:], rejected[shared:]
     if "prompt" in row:
         return _prompt(row, "prompt"), chosen, rejected
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise DataError("field 'prompt': is missing")
     shared = _shared_text(chosen, rejected)
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def _shared_text(a: str, b: str) -> int:
     """Length of the prompt that two texts share, as TRL's ``extract_prompt`` splits them: a space before an answer is the answer's."""
-    if not (isinstance(a, str) and isinstance(b, str)):
-        raise DataError("field 'prompt': is missing")
     shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return shared - 1 if shared and a[shared - 1] == " " else shared
 

@@ -11,10 +11,38 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-WORDS = (
-    "river stone amber quiet orchard lantern silver meadow harbor winter copper garden violet canyon maple thunder "
-    "pebble willow ember island feather marble summit cedar autumn velvet hollow beacon prairie granite".split()
-)
+WORDS = [
+    "river",
+    "stone",
+    "amber",
+    "quiet",
+    "orchard",
+    "lantern",
+    "silver",
+    "meadow",
+    "harbor",
+    "winter",
+    "copper",
+    "garden",
+    "violet",
+    "canyon",
+    "maple",
+    "thunder",
+    "pebble",
+    "willow",
+    "ember",
+    "island",
+    "feather",
+    "marble",
+    "summit",
+    "cedar",
+    "autumn",
+    "velvet",
+    "hollow",
+    "beacon",
+    "prairie",
+    "granite",
+]
 ENDINGS = (".", "!", "?")
 
 
@@ -27,6 +55,7 @@ class Instruction:
         avoid: a word that must not.
         count: the number of words.
         ending: the last character.
+
     """
 
     use: str

@@ -20,7 +20,9 @@ RESAMPLES = 2000
 class Scorer(Protocol):
     """Anything with the signature of `Ranker.score_many`."""
 
-    def score_many(self, prompts: Any, candidate_lists: Any, *, passages: Any = None) -> Scores: ...
+    def score_many(self, prompts: Any, candidate_lists: Any, *, passages: Any = None) -> Scores:
+        """One array of scores a prompt."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,7 @@ class Figure:
         value: the mean; every prompt weighs the same.
         low, high: the interval.
         num_prompts: prompts it is a mean of.
+
     """
 
     value: float
@@ -55,6 +58,7 @@ class Report:
         agreement: share of a prompt's labelled pairs in the right order, ties half.
         best_of_n: mean label of the candidate ranked first, over prompts with graded lists (three candidates or more).
         slices: agreement by the value of a row's key.
+
     """
 
     name: str
@@ -77,6 +81,7 @@ def pair_agreement(scores: Sequence[float] | npt.NDArray[np.float32], labels: Se
 
     Raises:
         DataError: the labels tell no pair apart.
+
     """
     s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     better = y[:, None] > y[None, :]
@@ -109,6 +114,7 @@ def evaluate_scores(name: str, examples: Sequence[Example], scores: Scores, by: 
         examples: labelled rows; those whose labels tell nothing apart are left out.
         scores: in the order of ``examples``.
         by: a key of the rows to slice by, where they have it.
+
     """
     used = [(example, s) for example, s in zip(examples, scores, strict=True) if example.pairs()]
     if not used:

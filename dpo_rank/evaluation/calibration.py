@@ -23,6 +23,7 @@ class CalibrationReport:
         agreement: share of pairs in the right order, ties half.
         nll_before, nll_after: mean negative log-likelihood of the labels in nats, at the old and the new temperature
             (0.693 is a coin).
+
     """
 
     temperature: float
@@ -45,6 +46,7 @@ def fit_temperature(margins: npt.NDArray[np.float64], weights: npt.NDArray[np.fl
         weights: weight of each pair.
 
     The likelihood is concave in ``1 / T``; its slope is bisected.
+
     """
     if not len(margins):
         raise DataError("no labelled pair to fit a temperature on")
@@ -75,6 +77,7 @@ def calibrate(margins_by_prompt: list[npt.NDArray[np.float64]], temperature: flo
     Args:
         margins_by_prompt: for each prompt, the margin of each labelled pair.
         temperature: the one in use so far.
+
     """
     used = [margins for margins in margins_by_prompt if len(margins)]
     if not used:

@@ -39,7 +39,11 @@ def model_card(manifest: Manifest, precisions: Sequence[str]) -> str:
         f"| precisions | {', '.join(precisions)} |",
         f"| passages | {'yes' if manifest.passage_format else 'no passage format'} |",
     ]
-    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items() if isinstance(value, (str, int, float)) and key != "license"]
+    lines += [
+        f"| {key.replace('_', ' ')} | {value} |"
+        for key, value in facts.items()
+        if isinstance(value, (str, int, float)) and key != "license"
+    ]
     lines += ["", *_export_section(facts.get("export", {})), *_held_out_section(facts.get("held_out", {}))]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -61,7 +65,12 @@ def _export_section(export: dict[str, Any]) -> list[str]:
 def _held_out_section(held_out: dict[str, Any]) -> list[str]:
     if not held_out:
         return []
-    lines = ["## Held-out agreement", "", "| rows | prompts | agreement (95 % interval) | shorter is better | longer is better |", "|---|---|---|---|---|"]
+    lines = [
+        "## Held-out agreement",
+        "",
+        "| rows | prompts | agreement (95 % interval) | shorter is better | longer is better |",
+        "|---|---|---|---|---|",
+    ]
     for name, figures in held_out.items():
         low, high = figures["interval"]
         lines.append(

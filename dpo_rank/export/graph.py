@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +23,7 @@ from torch.export import Dim
 from dpo_rank.errors import ModelError
 from dpo_rank.scoring.logps import TokenLogProbs
 from dpo_rank.scoring.onnx_engine import feeds
-from dpo_rank.scoring.pack import Group, Layout, pack
+from dpo_rank.scoring.pack import Group, IntArray, Layout, pack
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class _Graph(nn.Module):
         source: Tensor,
         targets: Tensor,
     ) -> Tensor:
-        fields: Any = (
+        layout = Layout(
             torch.cat([prompt_ids, run_ids]),
             torch.cat([prompt_positions, run_positions]),
             prompt_index,
@@ -68,7 +68,7 @@ class _Graph(nn.Module):
             source,
             targets,
         )
-        return self.scorer(Layout(*fields))  # type: ignore[no-any-return]
+        return cast("Tensor", self.scorer(layout))
 
 
 _AXES: dict[str, tuple[str, ...]] = {
@@ -93,6 +93,7 @@ def trace(model: Any) -> ir.Model:
 
     Raises:
         ModelError: the architecture cannot be exported; the message says why.
+
     """
     name = type(model).__name__
     if reason := REFUSED.get(model.config.model_type):
@@ -108,7 +109,12 @@ def trace(model: Any) -> ir.Model:
     try:
         with contextlib.redirect_stdout(silent), torch.no_grad():
             program = torch.export.export(
-                _Graph(scorer), args=(), kwargs=inputs, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+                _Graph(scorer),
+                args=(),
+                kwargs=inputs,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
             )
             exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=20)
     except Exception as error:  # the exporter raises many kinds of its own
@@ -128,7 +134,7 @@ def trace(model: Any) -> ir.Model:
     return graph
 
 
-def _example_row(vocabulary: int) -> Layout:
+def _example_row(vocabulary: int) -> Layout[IntArray]:
     """Sizes of an axis must differ and be at least 2: the exporter takes equal sizes for one axis and 1 for a constant."""
     ids = iter(range(1, 10_000))
 
@@ -210,5 +216,3 @@ def same_architecture(policy: Any, reference: Any) -> bool:
     skipped = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
     first, second = policy.config.to_dict(), reference.config.to_dict()
     return all(first.get(key) == second.get(key) for key in (first.keys() | second.keys()) - skipped)
-
-

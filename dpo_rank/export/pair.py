@@ -57,6 +57,7 @@ def export_pair(
 
     Raises:
         ModelError: the architecture cannot be exported, or a graph does not score as torch does.
+
     """
     if unknown := [name for name in precisions if name not in PRECISIONS]:
         raise DataError(f"precision {unknown[0]!r} is unknown; there are {', '.join(PRECISIONS)}")

@@ -109,7 +109,13 @@ class _Quantizer:
 
 
 def _is_matrix(value: ir.Value | None) -> bool:
-    return value is not None and value.is_initializer() and value.shape is not None and len(value.shape) == 2 and value.dtype == ir.DataType.FLOAT
+    return (
+        value is not None
+        and value.is_initializer()
+        and value.shape is not None
+        and len(value.shape) == 2
+        and value.dtype == ir.DataType.FLOAT
+    )
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:

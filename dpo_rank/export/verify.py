@@ -23,6 +23,7 @@ class PrecisionReport:
         spearman: mean rank correlation within a prompt.
         same_best: share of prompts with the same best candidate.
         median_difference: median |score - fp32 score|.
+
     """
 
     num_prompts: int
@@ -41,6 +42,7 @@ def check_against(exact: Engine, exported: Engine, vocabulary: int, max_tokens: 
 
     Raises:
         ModelError: they differ by more than `TOLERANCE_NATS`.
+
     """
     worst = 0.0
     for groups in check_groups(vocabulary, max_tokens):

@@ -55,7 +55,7 @@ def prefix_shared_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    layout: Layout | None = None,
+    layout: Layout[Tensor] | None = None,
     counter: CallCounter | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -73,6 +73,7 @@ def prefix_shared_attention(
 
     Returns:
         ``([1, T, heads, head_dim], None)``.
+
     """
     if layout is None or counter is None:
         raise RuntimeError("the packed layout did not reach the attention: this architecture drops its keyword arguments")
@@ -83,7 +84,7 @@ def prefix_shared_attention(
     scale = dim**-0.5 if scaling is None else scaling
     attend = _Attend(heads // kv_heads, scale, softcap, sliding_window)
     # [T, kv_heads, rep, dim] and [T, kv_heads, dim]: gathers of whole tokens, then heads to the front where they are used.
-    q = query[0].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
+    q = query[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, dim)
     k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
     num_prompt = layout.prompt_slot.shape[0]
 
@@ -139,7 +140,8 @@ class _Attend:
 
     def rows(self, part: Tensor) -> Tensor:
         """``[batch, kv_heads, rep * queries, d]`` -> ``[batch, queries, kv_heads, rep, d]``."""
-        return part.unflatten(2, (self.rep, -1)).permute(0, 3, 1, 2, 4)
+        batch, heads, _, width = part.shape
+        return part.view(batch, heads, self.rep, -1, width).permute(0, 3, 1, 2, 4)
 
     def _partial(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> _Partial:
         """``visible`` is ``[batch or 1, queries, keys]``."""
@@ -149,7 +151,8 @@ class _Attend:
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         hidden = torch.where(visible, 0.0, _MASKED)[:, None, None]
-        scores = (scores.unflatten(2, (self.rep, -1)) + hidden).flatten(2, 3)
+        batch, heads, _, keys = scores.shape
+        scores = (scores.view(batch, heads, self.rep, -1, keys) + hidden).flatten(2, 3)
         top = scores.amax(dim=-1, keepdim=True).detach()
         weights = torch.exp(scores - top)
         return _Partial((weights.to(v.dtype) @ v).to(torch.float32), top, weights.sum(dim=-1, keepdim=True))

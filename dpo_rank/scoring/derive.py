@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from dpo_rank.errors import DpoRankError, EncodingError
+from dpo_rank.scoring.encode import common_prefix
 from dpo_rank.scoring.prompt_format import STRIPS, Message, PromptFormat, StringPrompt
 
 Render = Callable[[Sequence[Message], bool], str]
@@ -38,16 +39,14 @@ class TemplateRenderer:
         self._render = template_render(tokenizer)
 
     def prompt(self, messages: Sequence[Message]) -> str:
+        """See `Renderer.prompt`."""
         return self._rendered(messages, True)
 
     def completion(self, messages: Sequence[Message], answer: str, finished: bool) -> str:
+        """What the template writes behind what prompt and whole conversation share, as TRL splits them."""
         prompt = self.prompt(messages)
         full = self._rendered([*messages, {"role": "assistant", "content": answer}], False)
-        shared = 0
-        for shared in range(min(len(prompt), len(full)) + 1):
-            if prompt[:shared] != full[:shared]:
-                shared -= 1
-                break
+        shared = common_prefix(prompt, full)
         text = full[shared:]
         if not finished:
             at = text.rfind(answer.strip()) if answer.strip() else -1
@@ -76,6 +75,7 @@ def prompt_format(tokenizer: Any, string: StringPrompt | None = None) -> PromptF
 
     Raises:
         CannotExpressError: the template is no table of joints; the message says what differs.
+
     """
     if not getattr(tokenizer, "chat_template", None):
         if tokenizer.eos_token is None:

@@ -44,6 +44,7 @@ class Encoded:
         truncated: for each candidate, whether its tail was cut (no end token is scored then).
         prompt_truncated: whether the prompt lost passages, turns or tokens.
         dropped_passages: indices of the passages that were left out.
+
     """
 
     group: Group
@@ -62,6 +63,7 @@ class Encoder:
         passage_format: how passages are written; None where the ranker was not trained with any.
         boundary: ``"split"`` tokenises an answer on its own, as a continuation; ``"joint"`` tokenises prompt and answer
             together and splits at their common prefix, as TRL does (for pairs that others trained so).
+
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Encoder:
 
         Raises:
             DataError: a prompt, passage or answer cannot be encoded; the message names it by index.
+
         """
         ends = [True] * len(answers) if finished is None else list(finished)
         if passages is not None and (isinstance(passages, (str, bytes, Mapping)) or not isinstance(passages, Sequence)):
@@ -153,7 +156,8 @@ class Encoder:
 
     def _fit_prompt(self, conversation: str | list[Message], passages: list[str]) -> tuple[str | list[Message], list[int], int, bool]:
         """Conversation, ids, passages kept and whether anything was cut: passages go first, from the last, then whole turns
-        from the oldest (never a system text), then tokens from the left, behind a leading special token."""
+        from the oldest (never a system text), then tokens from the left, behind a leading special token.
+        """
         limit = self.limits.max_prompt_tokens
 
         def ids(turns: str | list[Message], kept: int) -> list[int]:
@@ -227,6 +231,7 @@ def load_tokenizer(text: str) -> Tokenizer:
 
     Raises:
         ArtifactError: the text is no tokenizer.
+
     """
     try:
         tokenizer = Tokenizer.from_str(text)
@@ -283,8 +288,8 @@ def _largest(count: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading ids that two sequences share."""
+def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """Number of leading items (ids, characters) that two sequences share."""
     for place, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return place
@@ -308,6 +313,7 @@ def message(item: Any, index: int) -> Message:
 
     Raises:
         DataError: no role, no text, or a part that is no text; the message says which.
+
     """
     where = f"message {index}"
     if not isinstance(item, Mapping):
@@ -348,5 +354,3 @@ def check_text(text: Any, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: character {error.start} is a lone surrogate, which is no text") from None
-
-

@@ -23,6 +23,7 @@ class Engine(Protocol):
         name: ``"onnx"`` or ``"torch"``.
         device: ``"cpu"``, ``"cuda:0"``, ...
         precision: ``"fp32"``, ``"int8"``, ``"bf16"``, ...
+
     """
 
     name: str
@@ -66,6 +67,7 @@ def score(
 
     Raises:
         NonFiniteScoreError: a log-prob is NaN or infinite.
+
     """
     results: list[list[TokenScores | None]] = [[None] * len(group.candidates) for group in groups]
     filled = [g for g, group in enumerate(groups) if group.candidates]

@@ -8,6 +8,7 @@ a slice at a time, and keeps one number a target.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from typing import Any, cast
 
@@ -17,12 +18,28 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_rank.errors import ModelError
 from dpo_rank.scoring import attention
-from dpo_rank.scoring.pack import Group, Layout, Row, pack
+from dpo_rank.scoring.pack import Group, IntArray, Layout, Row, pack
 
 logger = logging.getLogger(__name__)
 
 TESTED_MODEL_TYPES = frozenset(
-    "cohere gemma2 gemma3_text gpt2 gpt_neox gpt_oss granite llama mistral olmo2 opt phi3 qwen2 qwen3 starcoder2".split()
+    [
+        "cohere",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "opt",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "starcoder2",
+    ]
 )
 """Architectures whose packed row is held to the plain forward pass by the tests; any other is compared on first use."""
 
@@ -44,6 +61,7 @@ class TokenLogProbs(nn.Module):
 
     Attributes:
         packed: whether rows are read without padding; if not, `reason` says why.
+
     """
 
     def __init__(self, model: Any, *, borrow: bool = True, packed: bool | None = None) -> None:
@@ -67,12 +85,12 @@ class TokenLogProbs(nn.Module):
                 logger.warning("%s takes the slower padded batch: %s", type(model).__name__, self.reason)
         self._head = (_head_view(self.model),)  # a tuple, so that the head's parameters are not registered twice
 
-    def forward(self, layout: Layout) -> Tensor:
+    def forward(self, layout: Layout[Tensor]) -> Tensor:
         """Log-probs in nats, float32 ``[M]``, of ``layout.targets``."""
         hidden = self.hidden(layout) if self.packed else self._expanded_hidden(layout)
         return self.head(hidden, layout.targets)
 
-    def hidden(self, layout: Layout) -> Tensor:
+    def hidden(self, layout: Layout[Tensor]) -> Tensor:
         """Final hidden states ``[M, width]`` at the places that predict the targets, from the packed row."""
         counter = attention.CallCounter()
         output = self._trunk(
@@ -87,27 +105,27 @@ class TokenLogProbs(nn.Module):
                 f"the packed attention ran {counter.calls} times in {self.num_layers} layers: this architecture does not "
                 "take its attention from transformers' registry"
             )
-        return cast(Tensor, output.last_hidden_state[0][layout.source])
+        return cast("Tensor", output.last_hidden_state[0][layout.source])
 
     def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probs ``[M]`` of ``targets`` [M] under the model's own head at ``hidden`` [M, width]."""
         size = max(16, SLICE_ELEMENTS // int(self.model.config.vocab_size))
         if torch.compiler.is_exporting() or hidden.shape[0] <= size:
             return self._slice(hidden, targets)
-        slices = zip(hidden.split(size), targets.split(size), strict=True)
+        slices = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         if hidden.requires_grad:  # recompute the logits in the backward pass instead of keeping them
-            return torch.cat([cast(Tensor, checkpoint(self._slice, h, t, use_reentrant=False)) for h, t in slices])
+            return torch.cat([cast("Tensor", checkpoint(self._slice, h, t, use_reentrant=False)) for h, t in slices])
         return torch.cat([self._slice(h, t) for h, t in slices])
 
     @property
     def _trunk(self) -> nn.Module:
-        return cast(nn.Module, getattr(self.model, trunk_name(self.model)))
+        return cast("nn.Module", getattr(self.model, trunk_name(self.model)))
 
     def _slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self._head[0](inputs_embeds=hidden[None], use_cache=False).logits[0].to(torch.float32)
-        return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+        return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1))
 
-    def _expanded_hidden(self, layout: Layout) -> Tensor:
+    def _expanded_hidden(self, layout: Layout[Tensor]) -> Tensor:
         """The same hidden states from the plain padded batch, prompt + candidate a line: the oracle, and the fallback."""
         sequences, spans = expand(layout)
         width = max(map(len, sequences))
@@ -212,7 +230,7 @@ def trunk_name(model: Any) -> str:
     """Name of the child of ``model`` that holds everything but the head."""
     if model.base_model_prefix in model._modules:
         return str(model.base_model_prefix)
-    trunks = [name for name, child in model.named_children() if hasattr(child, "get_input_embeddings")]
+    trunks: list[str] = [name for name, child in model.named_children() if hasattr(child, "get_input_embeddings")]
     if len(trunks) != 1:
         raise ModelError(f"{type(model).__name__}: its trunk cannot be told from its head")
     return trunks[0]
@@ -249,12 +267,12 @@ def _head_view(model: Any) -> Any:
     return head
 
 
-def to_tensors(layout: Layout, device: torch.device | str) -> Layout:
+def to_tensors(layout: Layout[IntArray], device: torch.device | str) -> Layout[Tensor]:
     """The layout's arrays as tensors on ``device``."""
-    return Layout(*(torch.from_numpy(field).to(device, non_blocking=True) for field in layout))  # type: ignore[arg-type]
+    return Layout(*(torch.from_numpy(field).to(device, non_blocking=True) for field in layout))
 
 
-def expand(layout: Layout) -> tuple[list[Tensor], list[tuple[int, int]]]:
+def expand(layout: Layout[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]:
     """Undo the packing: every candidate's prompt + inputs, and the span of its places that predict its targets."""
     num_prompt = layout.prompt_slot.shape[0]
     prompt_ends = torch.cumsum(layout.prompt_length, 0)
@@ -262,7 +280,7 @@ def expand(layout: Layout) -> tuple[list[Tensor], list[tuple[int, int]]]:
     spans: list[tuple[int, int]] = []
     source = layout.source.tolist()
     starts = [m for m, place in enumerate(source) if place < num_prompt] + [len(source)]
-    for first, last in zip(starts, starts[1:], strict=False):
+    for first, last in itertools.pairwise(starts):
         prompt = int(torch.searchsorted(prompt_ends, source[first] + 1))
         length, end = int(layout.prompt_length[prompt]), int(prompt_ends[prompt])
         tokens = layout.input_ids[layout.source[first + 1 : last]]

@@ -19,7 +19,7 @@ from dpo_rank.scoring.pack import IntArray, Layout, Row
 GPU_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider")
 
 
-def feeds(layout: Layout) -> dict[str, IntArray]:
+def feeds(layout: Layout[IntArray]) -> dict[str, IntArray]:
     """The inputs of the exported graph, prompt and run tokens apart."""
     num_prompt = len(layout.prompt_slot)
     named = layout._asdict()
@@ -46,10 +46,11 @@ def available_cpus() -> int:
 
 
 def pick_providers(device: str, providers: Sequence[Any] | None) -> list[Any]:
-    """onnxruntime's execution providers for ``device``, or those asked for by name.
+    """Onnxruntime's execution providers for ``device``, or those asked for by name.
 
     Raises:
         UnavailableError: one of them is not usable here.
+
     """
     usable = onnxruntime.get_available_providers()
     if providers is not None:
@@ -79,6 +80,7 @@ class OnnxEngine:
         device, providers: see `pick_providers`.
 
     In a forked child the sessions are opened anew: onnxruntime's threads do not survive a fork.
+
     """
 
     name = "onnx"

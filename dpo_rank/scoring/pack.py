@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+Array = TypeVar("Array")
+"""A numpy array while a row is packed, a tensor once an engine has taken it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class Group:
     candidates: Sequence[Sequence[int]]
 
 
-class Layout(NamedTuple):
+class Layout(NamedTuple, Generic[Array]):
     """What a model needs to read a row; numpy arrays here, tensors once an engine has taken them.
 
     | field         | shape    | meaning                                                             |
@@ -48,17 +50,17 @@ class Layout(NamedTuple):
     | targets       | [M]      | token ids to score, candidate after candidate                       |
     """
 
-    input_ids: IntArray
-    positions: IntArray
-    prompt_index: IntArray
-    prompt_slot: IntArray
-    prompt_length: IntArray
-    run_index: IntArray
-    run_slot: IntArray
-    own_index: IntArray
-    own_slot: IntArray
-    source: IntArray
-    targets: IntArray
+    input_ids: Array
+    positions: Array
+    prompt_index: Array
+    prompt_slot: Array
+    prompt_length: Array
+    run_index: Array
+    run_slot: Array
+    own_index: Array
+    own_slot: Array
+    source: Array
+    targets: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,15 +71,17 @@ class Row:
         layout: what the model reads.
         lengths: number of targets of each candidate, in the order of ``layout.targets``.
         owners: ``(group, candidate)`` indices of each candidate in the list that `rows` was given.
+
     """
 
-    layout: Layout
+    layout: Layout[IntArray]
     lengths: tuple[int, ...]
     owners: tuple[tuple[int, int], ...]
 
     @property
     def num_tokens(self) -> int:
-        return int(self.layout.input_ids.shape[0])
+        """Tokens of the row."""
+        return len(self.layout.input_ids)
 
 
 def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | None = None) -> Row:
@@ -86,6 +90,7 @@ def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | 
     Args:
         groups: prompts with their candidates, at least one of each.
         owners: where each candidate's result belongs; by default its place in ``groups``.
+
     """
     inputs = [[list(candidate[:-1]) for candidate in group.candidates] for group in groups]
     if not any(tokens for run in inputs for tokens in run):

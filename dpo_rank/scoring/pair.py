@@ -16,7 +16,7 @@ from dpo_rank.errors import ArtifactError, DataError, ModelError, UnavailableErr
 from dpo_rank.scoring import derive
 from dpo_rank.scoring.encode import Encoder
 from dpo_rank.scoring.engine import Engine
-from dpo_rank.scoring.prompt_format import PromptFormat, Renderer, StringPrompt
+from dpo_rank.scoring.prompt_format import Renderer, StringPrompt
 from dpo_rank.scoring.torch_engine import TorchEngine, pick_device, plain_models
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ def load_pair(
     Raises:
         DataError: model objects without a tokenizer.
         ModelError: no pair; the message says why.
+
     """
     if model_kwargs.get("trust_remote_code"):
         raise DataError("trust_remote_code=True is refused: code from a model repository is never run")
@@ -70,8 +71,8 @@ def load_pair(
 
         if reference is None or not is_onnx_decoder(Path(reference)):
             raise ModelError("the policy is an exported ONNX decoder: its reference must be one too")
-        engine = OptimumEngine(Path(policy), Path(reference))
-        return LoadedPair(engine, None, tokenizer, positions(engine.config), int(engine.config.vocab_size), name)
+        decoders = OptimumEngine(Path(policy), Path(reference))
+        return LoadedPair(decoders, None, tokenizer, positions(decoders.config), int(decoders.config.vocab_size), name)
     where = pick_device(device)
     kwargs = {**hub, **model_kwargs}
     policy = load_model(policy, where, dtype, revision=revision, **kwargs)
@@ -108,6 +109,7 @@ def load_tokenizer(path: Any, **kwargs: Any) -> Any:
 
     Raises:
         ModelError: there is none.
+
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(os.fspath(path), **kwargs)
@@ -122,6 +124,7 @@ def tokenizer_json(tokenizer: Any) -> str:
 
     Raises:
         ModelError: it is a slow one, which has none.
+
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):

@@ -11,7 +11,7 @@ role prefixes, a system text folded into the first user turn or a frozen date ap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from dpo_rank.errors import ArtifactError, EncodingError
 Message = Mapping[str, str]
 StringPrompt = Literal["user_turn", "verbatim"]
 
-STRIPS = {
+STRIPS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "both": lambda text: text.strip(),
     "left": lambda text: text.lstrip(),
@@ -37,10 +37,14 @@ class Renderer(Protocol):
     """Turns prompts and answers into text; a `PromptFormat` or a tokenizer's own template."""
 
     @property
-    def string(self) -> StringPrompt: ...
+    def string(self) -> StringPrompt:
+        """What a ``str`` prompt is."""
+        ...
 
     @property
-    def chat(self) -> bool: ...
+    def chat(self) -> bool:
+        """Turns with roles, or plain text."""
+        ...
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """Text of the conversation, generation prompt included."""
@@ -69,6 +73,7 @@ class PromptFormat:
         thinking: earlier assistant turns lose what stands before ``</think>``, and an answer that brings its own
             thoughts has them written as the template writes them.
         frozen_date: the day a template that writes the current date was derived, ISO form.
+
     """
 
     chat: bool
@@ -88,6 +93,7 @@ class PromptFormat:
 
         Raises:
             EncodingError: a role stands where the format has no place for it.
+
         """
         if not self.chat:
             raise EncodingError("this ranker reads plain text: give the prompt as a str, not as chat messages")
@@ -107,7 +113,7 @@ class PromptFormat:
         """The answer as the template writes it after the generation prompt; ``messages`` make no difference."""
         prefix, text = self.answer_prefix, answer
         if self.thinking and THINK_END in answer:
-            thoughts, text = answer.split(THINK_END)[0], answer.split(THINK_END)[-1]
+            thoughts, text = answer.split(THINK_END, maxsplit=1)[0], answer.rsplit(THINK_END, maxsplit=1)[-1]
             thoughts = thoughts.rstrip("\n").split("<think>")[-1].lstrip("\n").strip("\n")
             prefix = f"<think>\n{thoughts}\n{THINK_END}\n\n"
         text = self._stripped("answer", text)
@@ -128,7 +134,7 @@ class PromptFormat:
         return STRIPS[self.strip.get(role, "none")](text)
 
     def _without_thoughts(self, text: str) -> str:
-        return text.split(THINK_END)[-1].lstrip("\n") if self.thinking and THINK_END in text else text
+        return text.rsplit(THINK_END, maxsplit=1)[-1].lstrip("\n") if self.thinking and THINK_END in text else text
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data for a manifest."""
@@ -140,6 +146,7 @@ class PromptFormat:
 
         Raises:
             ArtifactError: a field is missing or has a value that this version does not know.
+
         """
         known = {name: data[name] for name in cls.__dataclass_fields__ if name in data}
         try:
@@ -170,9 +177,7 @@ class PassageFormat:
         if not texts:
             return ""
         before_text, _, after_text = self.item.partition("{text}")
-        items = (
-            before_text.replace("{index}", str(n)) + text + after_text.replace("{index}", str(n)) for n, text in enumerate(texts, 1)
-        )
+        items = (before_text.replace("{index}", str(n)) + text + after_text.replace("{index}", str(n)) for n, text in enumerate(texts, 1))
         return self.header + "".join(items) + self.footer
 
     def to_dict(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ class TorchEngine:
         policy: the model trained with a DPO loss, or a peft model.
         reference: the model it was trained against; None for a peft policy: its base with the adapter off.
         packed: see `TokenLogProbs`.
+
     """
 
     name = "torch"
@@ -82,6 +83,7 @@ def pick_device(device: str) -> torch.device:
 
     Raises:
         UnavailableError: the device is not there.
+
     """
     if device == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")

@@ -26,6 +26,7 @@ def collate(items: Sequence[TrainingGroup]) -> dict[str, Tensor]:
     Returns:
         The fields of `Layout` (prefixed ``layout_``), ``candidate`` [M] (which of the B * N places each target belongs to),
         ``lengths`` [B, N] (targets of each candidate, 0 for padding), ``targets`` [B, N] and ``mask`` [B, N].
+
     """
     row = pack([item.group for item in items])
     width = max(len(item.targets) for item in items)
@@ -45,9 +46,9 @@ def collate(items: Sequence[TrainingGroup]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def layout_of(batch: dict[str, Tensor]) -> Layout:
+def layout_of(batch: dict[str, Tensor]) -> Layout[Tensor]:
     """The layout of a batch, as tensors."""
-    return Layout(*(batch[f"layout_{name}"] for name in Layout._fields))  # type: ignore[arg-type]
+    return Layout(*(batch[f"layout_{name}"] for name in Layout._fields))
 
 
 def per_candidate(values: Tensor, batch: dict[str, Tensor], mean: bool) -> Tensor:

@@ -37,6 +37,7 @@ class DPOConfig:
         precisions: the ONNX precisions to write.
         keep_models: put policy and reference weights into the artifact, for the torch engine and further training.
         trust_remote_code: known from TRL; code from a model repository is never run, so True is refused.
+
     """
 
     beta: float = 0.1

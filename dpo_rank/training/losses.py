@@ -12,19 +12,19 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sigmoid(rewards: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-    """DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): ``-log sigmoid(r_better - r_worse)``.
+    """Sigmoid DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7): minus the log-probability of the right order.
 
     A row of several candidates gives the mean over the pairs that its targets tell apart; a row without any gives 0.
     """
     better = (targets[:, :, None] > targets[:, None, :]) & mask[:, :, None] & mask[:, None, :]
-    losses = -F.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
+    losses = -functional.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
     return torch.where(better, losses, 0.0).sum(dim=(1, 2)) / better.sum(dim=(1, 2)).clamp(min=1)
 
 

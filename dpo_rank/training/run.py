@@ -41,6 +41,7 @@ class TrainingResult:
         output: the artifact, or (without export) the directory of both models.
         facts: what the artifact says of the run: rows, held-out agreement, temperature, ...
         problems: bad rows that were skipped.
+
     """
 
     output: Path
@@ -74,6 +75,7 @@ def train(
     Raises:
         DataError: bad rows, or nothing to train on.
         ModelError: the model cannot be loaded, trained through the scoring core, or exported.
+
     """
     config = config or DPOConfig()
     output = Path(output)
@@ -168,7 +170,15 @@ def finish(
 
         sample = [_group(encoder, row).group for row in held[:200]]
         export_pair(
-            models, encoder, manifest, building, precisions=config.precisions, keep_models=config.keep_models, sample=sample, overwrite=True, progress=say
+            models,
+            encoder,
+            manifest,
+            building,
+            precisions=config.precisions,
+            keep_models=config.keep_models,
+            sample=sample,
+            overwrite=True,
+            progress=say,
         )
     else:
         artifacts.save(building, manifest, lambda root: write_models(root, models, encoder), overwrite=True)
@@ -203,6 +213,7 @@ def starter_base() -> str:
 
     Raises:
         ModelError: it is in neither; the message says how to make it.
+
     """
     for root in (Path.cwd(), Path(__file__).parents[2]):
         if (root / "models" / "starter-base" / "config.json").is_file():
@@ -244,9 +255,7 @@ def _encoder(tokenizer: Any, form: PromptFormat, model: Any, rows: Sequence[Exam
 
 def _group(encoder: Encoder, row: Example) -> TrainingGroup:
     try:
-        encoded = encoder.encode(
-            row.prompt, [c.text for c in row.candidates], [c.finished for c in row.candidates], row.passages or None
-        )
+        encoded = encoder.encode(row.prompt, [c.text for c in row.candidates], [c.finished for c in row.candidates], row.passages or None)
     except DataError as error:
         raise DataError(f"{row.where}: {error}") from None
     assert row.scores is not None

@@ -16,7 +16,7 @@ from dpo_rank.training.config import DPOConfig
 from dpo_rank.training.losses import LOSSES
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types here
     """Trains the policy so that its implicit reward orders candidates as the labels do.
 
     Args:
@@ -24,6 +24,7 @@ class PreferenceTrainer(Trainer):
         reference: the frozen model, or None to train ``policy`` by language modelling on each group's best candidate.
         config: settings of the run.
         save_extra: writes what belongs beside a checkpoint's weights (the tokenizer).
+
     """
 
     def __init__(
@@ -47,17 +48,15 @@ class PreferenceTrainer(Trainer):
             model=model,
             args=args,
             data_collator=collate,
-            train_dataset=cast(Any, train_groups),
-            eval_dataset=cast(Any, eval_groups),
+            train_dataset=cast("Any", train_groups),
+            eval_dataset=cast("Any", eval_groups),
             callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
         if self.reference is not None:
             self.reference.to(self.args.device)
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **_: Any) -> Any:
         """Mean loss of the batch's prompts (DPO), or of its tokens (language modelling)."""
         logps = model(layout_of(inputs))
         if self.reference is None:
@@ -73,12 +72,13 @@ class PreferenceTrainer(Trainer):
     def _reference_logps(self, inputs: dict[str, Tensor]) -> Tensor:
         assert self.reference is not None
         with torch.no_grad():
-            return cast(Tensor, self.reference(layout_of(inputs)))
+            return cast("Tensor", self.reference(layout_of(inputs)))
 
     def _rewards(self, policy: Tensor, reference: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         return self.config.beta * per_candidate(policy - reference, inputs, self.config.reward == "mean")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, the mean reward margin of the last batch included."""
         if "loss" in logs:
             logs = {**logs, **getattr(self, "_noted", {})}
         super().log(logs, *args, **kwargs)
@@ -106,7 +106,7 @@ class PreferenceTrainer(Trainer):
         if self.reference is not None:
             metrics[f"{metric_key_prefix}_agreement"] = agreement / count
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _batches(self, groups: Sequence[TrainingGroup]) -> Iterator[dict[str, Tensor]]:

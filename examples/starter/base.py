@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from dpo_rank.data.formats import held_out
+from dpo_rank.scoring.prompt_format import PassageFormat
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-PASSAGE_HEADER, PASSAGE_ITEM, PASSAGE_FOOTER = "Use these passages.\n", "[{index}] {text}\n", "\n"
 
 
 def conversations(rows: dict[str, list[Row]]) -> Iterator[list[dict[str, str]]]:
@@ -40,8 +40,7 @@ def conversations(rows: dict[str, list[Row]]) -> Iterator[list[dict[str, str]]]:
                 yield [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     for row in rows["halueval_qa.train"]:
         if not held_out(row["prompt"]):
-            items = (PASSAGE_ITEM.replace("{index}", str(i)).replace("{text}", p["text"]) for i, p in enumerate(row["passages"], 1))
-            prompt = PASSAGE_HEADER + "".join(items) + PASSAGE_FOOTER + row["prompt"]
+            prompt = PassageFormat().render([passage["text"] for passage in row["passages"]]) + row["prompt"]
             for completion in row["completions"]:
                 yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
@@ -71,9 +70,7 @@ def blocks(documents: list[list[int]], length: int, epochs: int, seed: int) -> l
         rng.shuffle(documents)
         for document in documents:
             stream += document
-    return [
-        {"input_ids": stream[i : i + length], "labels": stream[i : i + length]} for i in range(0, len(stream) - length + 1, length)
-    ]
+    return [{"input_ids": stream[i : i + length], "labels": stream[i : i + length]} for i in range(0, len(stream) - length + 1, length)]
 
 
 def main() -> None:
@@ -87,7 +84,7 @@ def main() -> None:
 
     texts = [text(turns) for turns in conversations(load(args.data))]
     tokenizer = train_tokenizer(texts, vocabulary=5120)
-    documents = [ids for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    documents = list(tokenizer(texts, add_special_tokens=False)["input_ids"])
     print(f"{len(documents)} conversations, {sum(map(len, documents)):,} tokens")
 
     torch.manual_seed(args.seed)

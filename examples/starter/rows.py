@@ -115,7 +115,15 @@ DAMAGE: dict[str, Callable[[random.Random, str, str, str], tuple[str, str] | Non
     "needless refusal": refused,
     "garbled": garbled,
 }
-WEIGHTS = {"cut off": 5, "looping": 2, "answer to another prompt": 5, "shuffled": 1, "prompt echoed": 2, "needless refusal": 2, "garbled": 1}
+WEIGHTS = {
+    "cut off": 5,
+    "looping": 2,
+    "answer to another prompt": 5,
+    "shuffled": 1,
+    "prompt echoed": 2,
+    "needless refusal": 2,
+    "garbled": 1,
+}
 
 
 def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int) -> Iterator[Row]:

@@ -79,7 +79,9 @@ def test_a_score_does_not_depend_on_what_else_is_in_the_batch(tiny_artifact, pre
     beta = ranker.beta
     alone = [[score(engine, [Group(g.prompt, [c])])[0][0].reward(beta, "sum") for c in g.candidates] for g in groups]
     exact = score(Ranker.load(tiny_artifact, precision="fp32")._engine, groups)
-    noise = np.median([abs(a - e.reward(beta, "sum")) for items, es in zip(alone, exact, strict=True) for a, e in zip(items, es, strict=True)])
+    noise = np.median(
+        [abs(a - e.reward(beta, "sum")) for items, es in zip(alone, exact, strict=True) for a, e in zip(items, es, strict=True)]
+    )
     extreme = [int(np.argmax([np.abs(row).max() for row in rng.normal(size=(50, 4))]))] * 60
     for budget in (32, 8192):
         crowded = [Group(g.prompt, [extreme, *g.candidates, tokens(70)]) for g in groups]

@@ -165,7 +165,10 @@ def test_a_prompt_is_cut_the_same_whatever_the_answers_are():
         (lambda e: e.encode([{"content": "x"}], ["x"]), "message 0 has no 'role'"),
         (lambda e: e.encode(["x"], ["x"]), "message 0 is str"),
         (lambda e: e.encode([{"role": "tool", "content": "x"}], ["x"]), "no place for a tool turn"),
-        (lambda e: e.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ["x"]), "the answer after a assistant"),
+        (
+            lambda e: e.encode([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ["x"]),
+            "the answer after a assistant",
+        ),
         (lambda e: e.encode([{"role": "assistant", "content": "x", "tool_calls": [1]}], ["x"]), "tool calls"),
         (lambda e: e.encode("\ud800", ["x"]), "the prompt: character 0 is a lone surrogate"),
         (lambda e: e.encode("x", ["a\udfff"]), "candidate 0: character 1 is a lone surrogate"),

@@ -96,7 +96,9 @@ def test_rewards_do_not_depend_on_order_or_batch(name, form):
         orders = [rng.permutation(len(groups[g].candidates)) for g in order]
         shuffled = [Group(groups[g].prompt, [groups[g].candidates[c] for c in cs]) for g, cs in zip(order, orders, strict=True)]
         results = score(engine, shuffled, budget)
-        together = {(g, c): r.reward(beta, form) for g, cs, rs in zip(order, orders, results, strict=True) for c, r in zip(cs, rs, strict=True)}
+        together = {
+            (g, c): r.reward(beta, form) for g, cs, rs in zip(order, orders, results, strict=True) for c, r in zip(cs, rs, strict=True)
+        }
         flat = [together[g, c] for g, group in enumerate(groups) for c in range(len(group.candidates))]
         for one, many, length in zip(alone, flat, lengths, strict=True):
             assert abs(one - many) <= beta * 1e-5 * (length if form == "sum" else 1)

@@ -15,7 +15,9 @@ floats = st.floats(-30, 30, width=32)
 @given(floats, floats)
 def test_a_pair_is_minus_log_sigmoid_of_the_margin(a, b):
     loss = sigmoid(torch.tensor([[a, b]]), torch.ones(1, 2, dtype=torch.bool), torch.tensor([[1.0, 0.0]]))
-    assert float(loss) == pytest.approx(math.log1p(math.exp(-(a - b))) if a > b else math.log1p(math.exp(a - b)) - (a - b), rel=1e-5, abs=1e-6)
+    assert float(loss) == pytest.approx(
+        math.log1p(math.exp(-(a - b))) if a > b else math.log1p(math.exp(a - b)) - (a - b), rel=1e-5, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -6,9 +6,9 @@ import torch
 from dpo_rank.data.formats import parse
 from dpo_rank.scoring.derive import prompt_format
 from dpo_rank.scoring.encode import Encoder, Limits, load_tokenizer
+from dpo_rank.scoring.logps import TokenLogProbs
 from dpo_rank.training.collate import TrainingGroup, collate, layout_of, per_candidate
 from dpo_rank.training.losses import sigmoid
-from dpo_rank.scoring.logps import TokenLogProbs
 from tests.artifacts import tiny_pair
 from tests.toks import KINDS, tokenizer
 
@@ -57,9 +57,7 @@ def trl_loss(policy, reference, tok, rows, directory):
         gradient_checkpointing=False,
     )
     data = Dataset.from_list(rows)
-    trainer = DPOTrainer(
-        model=policy, ref_model=reference, args=args, processing_class=tok, train_dataset=data, eval_dataset=data
-    )
+    trainer = DPOTrainer(model=policy, ref_model=reference, args=args, processing_class=tok, train_dataset=data, eval_dataset=data)
     return trainer.evaluate()["eval_loss"]
 
 
