@@ -12,9 +12,6 @@ from dpo_rank.scoring.prompt_format import PassageFormat
 from tests.models import tiny
 from tests.toks import tokenizer
 
-PROMPT = "How do I boil an egg?"
-ANSWERS = ["Put it in boiling water.", "No.", "The quick brown fox", "It depends. Seven minutes, then cool it!"]
-
 
 def tiny_pair(name: str = "llama", tok: Any = None, **changes: Any) -> tuple[Any, Any, Any]:
     """Policy, reference and tokenizer."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import dpo_rank
 from dpo_rank import Candidate, DataError, EmptyRankingError, ModelError, NonFiniteScoreError, Ranker, UnavailableError
-from tests.artifacts import ANSWERS, PROMPT, tiny_pair
+from tests.artifacts import tiny_pair
+from tests.cases import ANSWERS, PROMPT
 from tests.models import tiny
 from tests.toks import tokenizer
 

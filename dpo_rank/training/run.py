@@ -85,7 +85,6 @@ def train(
         raise DataError("sft makes the reference itself: give either sft or a reference")
     run = config.run_directory(output)
     problems = Problems()
-    say("reading rows")
     rows = [row for row in read(data, on_error=config.on_error, problems=problems) if row.pairs()]
     kept, held = (rows, _read_eval(eval_data, config, problems)) if eval_data is not None else split(rows, config.held_out)
     if not kept or not held:
@@ -113,7 +112,7 @@ def train(
     say("DPO")
     trainer = _fit(policy, frozen, config, run / "dpo", train_groups, eval_groups, save_tokenizer)
     best = trainer.state.best_model_checkpoint
-    if best is None:
+    if best is None or trainer.state.best_metric is None:
         raise ModelError("no checkpoint was written: the held-out agreement is not a number")
     policy = load_model(best, torch.device("cpu"), torch.float32)
     facts: dict[str, Any] = {
@@ -126,7 +125,7 @@ def train(
         "batch_size": config.batch_size,
         "seed": config.seed,
         "best_step": int(best.rpartition("-")[2]),
-        "best_held_out_agreement_while_training": round(float(trainer.state.best_metric or math.nan), 4),
+        "best_held_out_agreement_while_training": round(float(trainer.state.best_metric), 4),
         "boundary_differs": round(differing, 4),
         "rows_truncated": encoder.num_truncated,
     }

@@ -1,0 +1,90 @@
+"""Every snippet of the README and the guide runs; every link leads somewhere."""
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_rank.data.synthetic import pairs
+
+pytestmark = pytest.mark.models
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/guide.md"]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory with what the pages mention: rows, and a pair that others trained."""
+    from tests.artifacts import tiny_pair
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(80)))
+    policy, reference, tok = tiny_pair()
+    for name, model in (("policy", policy), ("reference", reference)):
+        model.save_pretrained(tmp_path / "path" / "to" / name)
+        tok.save_pretrained(tmp_path / "path" / "to" / name)
+    return tmp_path
+
+
+def command(line, monkeypatch):
+    from dpo_rank import cli
+
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    try:
+        cli.main()
+    except SystemExit as stop:
+        assert not stop.code, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_snippets_run(page, workplace, monkeypatch, capsys):
+    names: dict = {}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```", text, re.M | re.S):
+        if language == "bash":
+            for line in block.splitlines():
+                if line.startswith("dpo-rank"):
+                    command(line, monkeypatch)
+        elif language == "python":
+            exec(compile(block, page, "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_the_first_snippet_picks_the_whole_answer(capsys):
+    exec(blocks("README.md", "python")[0], {})
+    assert capsys.readouterr().out.strip() == "Put it in boiling water for seven minutes."
+
+
+def test_links_lead_somewhere():
+    for page in ROOT.glob("*.md"):
+        check(page)
+    for page in (ROOT / "docs").glob("*.md"):
+        check(page)
+
+
+def check(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_demo_runs(capsys, monkeypatch):
+    import runpy
+
+    monkeypatch.chdir(ROOT)
+    runpy.run_path("examples/demo.py", run_name="__main__")
+    assert "probability" in capsys.readouterr().out
+
+
+def test_texts_name_no_machine():
+    words = ("/wo" + "rk/", "/opt/" + "wheels", "/ro" + "ot/")
+    for path in ROOT.rglob("*"):
+        if path.suffix in (".md", ".py", ".toml", ".yml", ".json", "") and path.is_file() and not set(path.parts) & {".git", ".venv", ".venv-tf4", ".venv-wheel", "runs", "build", "dist"}:
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            assert not [word for word in words if word in text], path
