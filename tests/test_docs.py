@@ -85,6 +85,10 @@ def test_the_demo_runs(capsys, monkeypatch):
 def test_texts_name_no_machine():
     words = ("/wo" + "rk/", "/opt/" + "wheels", "/ro" + "ot/")
     for path in ROOT.rglob("*"):
-        if path.suffix in (".md", ".py", ".toml", ".yml", ".json", "") and path.is_file() and not set(path.parts) & {".git", ".venv", ".venv-tf4", ".venv-wheel", "runs", "build", "dist"}:
+        if (
+            path.suffix in (".md", ".py", ".toml", ".yml", ".json", "")
+            and path.is_file()
+            and not set(path.parts) & {".git", ".venv", ".venv-tf4", ".venv-wheel", "runs", "build", "dist"}
+        ):
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert not [word for word in words if word in text], path
