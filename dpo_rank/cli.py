@@ -173,6 +173,9 @@ def train(
         from dpo_rank.training.run import train as run
     except ImportError:
         raise MissingExtraError("training", "train") from None
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of loading and writing files; training shows its own
     config = DPOConfig(
         beta=beta,
         learning_rate=learning_rate,

@@ -146,7 +146,9 @@ class Ranker:
             "providers": providers,
             "token_budget": token_budget,
         }
-        source = "starter" if path_or_hub_id is None else path_or_hub_id
+        # A child with another working directory must find it too; a hub id stays one.
+        given = "starter" if path_or_hub_id is None else path_or_hub_id
+        source = root.resolve() if Path(given).expanduser().exists() else given
         again = functools.partial(Ranker.load, source, **arguments)  # type: ignore[arg-type]
         return cls(chosen, encoder, manifest, artifact=artifact, token_budget=token_budget, reload=again)
 
@@ -598,7 +600,7 @@ def _locate(
     from huggingface_hub import snapshot_download
 
     cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dpo_rank"
-    target = cache / name.replace("/", "--") / (revision or "main")
+    target = cache / name.replace("/", "--") / (revision or "main").replace("/", "--")
     if local_files_only and not target.is_dir():
         raise ArtifactError(f"{name}: not in the cache ({target}), and local_files_only forbids to fetch it")
     try:

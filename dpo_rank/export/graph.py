@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -105,9 +106,8 @@ def trace(model: Any) -> ir.Model:
     axes = {axis: Dim.DYNAMIC for names in _AXES.values() for axis in names}
     shapes = {name: {place: axes[axis] for place, axis in enumerate(names)} for name, names in _AXES.items()}
     inputs = {name: torch.from_numpy(array) for name, array in feeds(example).items()}
-    silent = io.StringIO()
     try:
-        with contextlib.redirect_stdout(silent), torch.no_grad():
+        with _quiet(), torch.no_grad():
             program = torch.export.export(
                 _Graph(scorer),
                 args=(),
@@ -132,6 +132,20 @@ def trace(model: Any) -> ir.Model:
     common.CommonSubexpressionEliminationPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
     return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks on its own internals from the user; errors still come as exceptions."""
+    remarks = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        remarks.setLevel(level)
 
 
 def _example_row(vocabulary: int) -> Layout[IntArray]:

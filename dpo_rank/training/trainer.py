@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 
 from dpo_rank.scoring.logps import TokenLogProbs
 from dpo_rank.training.collate import TrainingGroup, collate, layout_of, per_candidate
@@ -37,7 +38,6 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]  # transformers ships no
         eval_groups: Sequence[TrainingGroup],
         args: TrainingArguments,
         save_extra: Callable[[Path], None],
-        callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         switch_dropout_off(policy)
         self.config, self.save_extra = config, save_extra
@@ -50,9 +50,11 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]  # transformers ships no
             data_collator=collate,
             train_dataset=cast("Any", train_groups),
             eval_dataset=cast("Any", eval_groups),
-            callbacks=callbacks,
         )
         self.model_accepts_loss_kwargs = False
+        for printing in (ProgressCallback, PrinterCallback):  # they write to stdout, which belongs to a command's result
+            self.remove_callback(printing)
+        self.add_callback(_Progress())
         if self.reference is not None:
             self.reference.to(self.args.device)
 
@@ -122,6 +124,29 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]  # transformers ships no
         own = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
         model.save_pretrained(directory, state_dict=own)
         self.save_extra(directory)
+
+
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """One bar on stderr with the newest figures."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.figures: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        shown = {"loss": "loss", "margin": "margin", "eval_loss": "held-out loss", "eval_agreement": "held-out agreement"}
+        self.figures |= {shown[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in shown}
+        if self.bar is not None:
+            self.bar.set_postfix(self.figures)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
 
 
 def _agreement(rewards: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
