@@ -199,7 +199,7 @@ def _gather_columns(graph: ir.Model, gather: ir.Node) -> None:
     columns = ir.node("Gather", [table, ids], {"axis": 1})
     rows = ir.node("Transpose", columns.outputs, {"perm": [1, 2, 0]})
     old = gather.outputs[0]
-    rows.outputs[0].shape, rows.outputs[0].dtype = old.shape, old.dtype
+    rows.outputs[0].type, rows.outputs[0].shape = old.type, old.shape
     graph.graph.insert_before(gather, [columns, rows])
     old.replace_all_uses_with(rows.outputs[0])
     graph.graph.remove(gather, safe=True)

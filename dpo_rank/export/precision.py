@@ -103,7 +103,7 @@ class _Quantizer:
 
     def _replace(self, node: ir.Node, value: ir.Value) -> None:
         old = node.outputs[0]
-        value.dtype, value.shape = old.dtype, old.shape
+        value.type, value.shape = old.type, old.shape
         old.replace_all_uses_with(value)
         self.graph.remove(node, safe=True)
 

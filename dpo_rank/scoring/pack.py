@@ -150,7 +150,7 @@ def _padded_view(lengths: Sequence[int]) -> tuple[IntArray, IntArray]:
     return index, np.flatnonzero(inside)
 
 
-DEFAULT_TOKEN_BUDGET = 8192
+DEFAULT_TOKEN_BUDGET = 4096
 
 
 def rows(groups: Sequence[Group], token_budget: int = DEFAULT_TOKEN_BUDGET) -> Iterator[Row]:

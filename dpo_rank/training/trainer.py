@@ -112,7 +112,8 @@ class PreferenceTrainer(Trainer):  # type: ignore[misc]  # transformers ships no
         return metrics
 
     def _batches(self, groups: Sequence[TrainingGroup]) -> Iterator[dict[str, Tensor]]:
-        size = 4 * self.config.batch_size
+        size = self.config.batch_size  # prompts of like length stand together: their padded views waste less
+        groups = sorted(groups, key=lambda item: (max(map(len, item.group.candidates)), len(item.group.prompt)))
         for start in range(0, len(groups), size):
             batch = collate(groups[start : start + size])
             yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
