@@ -142,8 +142,7 @@ def train(
     )
     del trainer
     finish(manifest, (policy, frozen.cpu()), encoder, held, output, config, overwrite=overwrite, say=say)
-    if not problems:
-        shutil.rmtree(run, ignore_errors=True)
+    shutil.rmtree(run / "artifact", ignore_errors=True)
     facts = dict(artifacts.load(output).manifest.training)
     return TrainingResult(output, facts, problems)
 

@@ -38,7 +38,7 @@ def sentences(text: str) -> list[str]:
 def cut_off(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
     """The worse answer stops inside a word or sentence; half of the time it is the longer one all the same."""
     parts = sentences(answer)
-    if len(answer) < 60:
+    if len(answer) < 40:
         return None
     if len(parts) >= 3 and rng.random() < 0.6:
         keep = rng.randrange(1, len(parts) - 1)
@@ -52,9 +52,9 @@ def cut_off(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[s
 def looping(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
     """The worse answer begins well and then repeats a sentence or phrase up to about the whole one's length."""
     words = answer.split()
-    if len(words) < 12:
+    if len(words) < 6:
         return None
-    start = rng.randrange(2, len(words) // 2)
+    start = rng.randrange(1, max(2, len(words) // 2))
     size = rng.choice((1, 2, 4, 8, 12))
     phrase = words[start : start + size]
     total = max(start + 3 * size, int(len(words) * rng.uniform(0.7, 1.3)))
@@ -72,9 +72,9 @@ def off_topic(rng: random.Random, prompt: str, answer: str, other: str) -> tuple
 def shuffled(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
     """The worse answer has the same words in another order."""
     words = answer.split()
-    if len(words) < 8:
+    if len(words) < 6:
         return None
-    size = rng.choice((1, 2, 3))
+    size = rng.choice((1, 1, 2, 3))
     chunks = [words[i : i + size] for i in range(0, len(words), size)]
     rng.shuffle(chunks)
     return answer, " ".join(word for chunk in chunks for word in chunk)
@@ -126,8 +126,11 @@ WEIGHTS = {
 }
 
 
-def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int) -> Iterator[Row]:
-    """``count`` rows of a whole answer and a damaged one; held-out ones spread evenly over the kinds of damage."""
+def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int, short: float) -> Iterator[Row]:
+    """``count`` rows of a whole answer and a damaged one; held-out ones spread evenly over the kinds of damage.
+
+    A share ``short`` of the whole answers is cut down to its first sentences.
+    """
     rng = random.Random(seed)
     whole = [
         (row["prompt"], row["completion"].strip())
@@ -141,8 +144,14 @@ def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int) -> It
     while made < count:
         kind = kinds[made % len(kinds)] if held else rng.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
         prompt, answer = rng.choice(general if rng.random() < 0.75 else whole)
-        near = sorted(rng.sample(whole, 12), key=lambda pair: abs(len(pair[1]) - len(answer)))
+        if rng.random() < short:  # whole all the same: its first sentences
+            answer = " ".join(sentences(answer)[: rng.choice((1, 1, 2, 3))])
+            if len(answer) < 20:
+                continue
+        near = sorted(rng.sample(whole, 40), key=lambda pair: abs(len(pair[1]) - len(answer)))
         other = next(text for question, text in near if question != prompt)
+        if len(other) > 1.5 * len(answer):
+            other = " ".join(sentences(other)[: max(1, len(sentences(answer)))])
         pair = DAMAGE[kind](rng, prompt, answer, other)
         if pair is None or pair[0] == pair[1] or not pair[1].strip():
             continue
@@ -177,12 +186,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/starter"))
     parser.add_argument("--damaged", type=int, default=3600)
     parser.add_argument("--held-out-damaged", type=int, default=420)
+    parser.add_argument("--short", type=float, default=0.0, help="share of the whole answers that are their first sentences")
+    parser.add_argument("--human", type=float, default=1.0, help="share of the human training pairs to take")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     source = load(args.data)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, held, count in (("train", False, args.damaged), ("held_out", True, args.held_out_damaged)):
-        made = [*human(source, held), *damaged(source, count, held, args.seed), *over_passages(source, held, args.seed)]
+        made = [*damaged(source, count, held, args.seed, args.short), *over_passages(source, held, args.seed)]
+        rng = random.Random(args.seed)
+        made += [row for row in human(source, held) if held or rng.random() < args.human]
         with (args.output / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
         print(f"{name}: {len(made)} rows")

@@ -86,4 +86,4 @@ def test_the_loss_equals_trl(kind, chat, tmp_path):
     assert joint == pytest.approx(theirs, abs=1e-5)
     if kind == "byte-bpe":  # nothing merges across these boundaries: the split is the joint tokenisation
         assert split == pytest.approx(theirs, abs=1e-5)
-    assert abs(theirs - 0.6931) > 0.05
+    assert abs(theirs - 0.6931) > 0.005
