@@ -45,6 +45,7 @@ def main() -> None:
         "description": DESCRIPTION,
         "license": "apache-2.0",
         "base_model": "models/starter-base",
+        "rounds": "6123 rows at learning rate 1e-4, then 5013 at 5e-5",
         "temperature_fitted_on": f"{WHOLE_PAIRS} (held out, two whole answers)",
         "held_out": held_out_table(ranker, held),
     }

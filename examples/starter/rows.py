@@ -148,7 +148,7 @@ def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int, short
             answer = " ".join(sentences(answer)[: rng.choice((1, 1, 2, 3))])
             if len(answer) < 20:
                 continue
-        near = sorted(rng.sample(whole, 40), key=lambda pair: abs(len(pair[1]) - len(answer)))
+        near = sorted(rng.sample(whole, min(40, len(whole))), key=lambda pair: abs(len(pair[1]) - len(answer)))
         other = next(text for question, text in near if question != prompt)
         if len(other) > 1.5 * len(answer):
             other = " ".join(sentences(other)[: max(1, len(sentences(answer)))])
