@@ -13,8 +13,7 @@ PROMPTS = {
     "How do I get a red wine stain out of a cotton shirt?": [
         "Blot it with a cloth, cover it with salt or baking soda, wait ten minutes, rinse with cold water and wash as usual.",
         "Blot it with a cloth, cover it with salt or baking soda, wait ten min",
-        "stain the a with soda cloth, cover salt Blot baking it minutes, rinse or wait as and wash water cold ten usual.",
-        "The capital of Australia is Canberra, which lies between Sydney and Melbourne.",
+        "Blot it with a cloth, cover it with a cloth, cover it with a cloth, cover it with a cloth, cover it with a cloth, cover it.",
         "I'm sorry, but I can't help with that.",
     ],
     "Write a short thank-you note to a neighbour who watered my plants.": [
@@ -39,7 +38,7 @@ TWO_GOOD = (
 PASSAGES = (
     "Which river runs through the town of Aldern?",
     ["Aldern is a town of nine thousand people on the river Wenlow. It is known for its clock tower and its paper mill."],
-    ["The river Wenlow.", "A clock tower of nine."],
+    ["The town of Aldern lies on the river Wenlow.", "The town of Aldern lies on the on the on the on the on the."],
 )
 
 

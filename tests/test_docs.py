@@ -59,7 +59,7 @@ def test_snippets_run(page, workplace, monkeypatch, capsys):
 
 def test_the_first_snippet_picks_the_whole_answer(capsys):
     exec(blocks("README.md", "python")[0], {})
-    assert capsys.readouterr().out.strip() == "Put it in boiling water for seven minutes."
+    assert capsys.readouterr().out.strip() == "Put the egg in boiling water for seven minutes, then cool it under cold water."
 
 
 def test_links_lead_somewhere():

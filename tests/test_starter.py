@@ -83,7 +83,7 @@ def test_first_ranking_in_a_fresh_process_needs_no_network():
         "def refuse(*a, **k): raise OSError('no network')\n"
         "socket.socket.connect = refuse\n"
         "from dpo_rank import Ranker\n"
-        "print(Ranker.load('starter').rank('hi', ['Hello! How can I help?', 'h h h h']).best.index)"
+        "print(Ranker.load('starter').rank('hi', ['Hello! How can I help you today?', 'Hello hello hello hello hello hello hello hello']).best.index)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "0"

@@ -23,7 +23,8 @@ DESCRIPTION = [
     "needless refusal) and, a little, harmless from harmful ones, in English. It lets `Ranker.load()` work out of the box and `--model starter` train a first "
     "ranker in minutes on a CPU.",
     "**Not for:** choosing between two good answers, facts, reasoning, code, other languages, or any decision that matters. Its human pairs are about "
-    "harmlessness alone. Where the length rules in the table come near its own figure, it may have learned little more than length.",
+    "harmlessness alone. Where the length rules in the table come near its own figure, it may have learned little more than length. It leans on how an answer ends: "
+    "outside the held-out rows, a fluent answer to another prompt, or shuffled words that end in a full stop, can come first.",
     "**Data:** Anthropic/hh-rlhf harmless-base (MIT), openai/gsm8k (MIT), RUCAIBox/HaluEval (MIT); prompts held out by a hash. "
     "**Recipe:** `examples/starter/README.md`.",
 ]
