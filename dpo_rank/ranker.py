@@ -195,10 +195,7 @@ class Ranker:
             raise DataError(f"reward is 'sum' or 'mean', not {reward!r}")
         if boundary not in ("split", "joint"):
             raise DataError(f"boundary is 'split' or 'joint', not {boundary!r}")
-        try:
-            from dpo_rank.scoring import pair
-        except ImportError:
-            raise MissingExtraError("Ranker.from_models", "torch") from None
+        pair = _pair_module("Ranker.from_models")
         loaded = pair.load_pair(
             policy,
             reference,
@@ -539,13 +536,19 @@ class Ranker:
             raise ArtifactError(f"the tokenizer's chat template cannot be stored in an artifact: {getattr(renderer, 'reason', '')}")
 
     def _pair(self) -> Any:
-        try:
-            from dpo_rank.scoring import pair
-        except ImportError:
-            raise MissingExtraError("this", "torch") from None
+        pair = _pair_module("this")
         if self._artifact is None and self._models is None:
             raise ModelError("this ranker holds no model weights")
         return pair
+
+
+def _pair_module(what: str) -> Any:
+    """`dpo_rank.scoring.pair`, which needs torch and transformers."""
+    try:
+        from dpo_rank.scoring import pair
+    except ImportError:
+        raise MissingExtraError(what, "torch") from None
+    return pair
 
 
 def _restore(reload: Callable[[], Ranker], temperature: float, calibrated: bool, token_budget: int) -> Ranker:
@@ -625,11 +628,9 @@ def _open_engine(
     if wants_torch:
         if not manifest.has_models:
             raise UnavailableError("engine 'torch': this artifact holds no models for it, only graphs")
-        try:
-            from dpo_rank.scoring import pair
-        except ImportError:
-            raise MissingExtraError("the torch engine", "torch") from None
-        return pair.engine_from_artifact(artifact.root, device, precision)
+        pair = _pair_module("the torch engine")
+        chosen: Engine = pair.engine_from_artifact(artifact.root, device, precision)
+        return chosen
     if not manifest.precisions:
         raise UnavailableError("engine 'onnx': this artifact holds no graphs; `dpo-rank export` makes them")
     from dpo_rank.scoring.onnx_engine import OnnxEngine

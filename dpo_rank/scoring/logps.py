@@ -76,6 +76,7 @@ class TokenLogProbs(nn.Module):
         self.model = view(model) if borrow else model
         if borrow:
             self.model.eval()
+        self._head = (_head_view(self.model),)  # a tuple, so that the head's parameters are not registered twice
         if self.packed:
             original = self.model.config._attn_implementation
             _set_attention(self.model)
@@ -83,7 +84,6 @@ class TokenLogProbs(nn.Module):
                 if packed:
                     raise ModelError(f"{type(model).__name__}: a packed row scores differently from the plain forward pass")
                 logger.warning("%s takes the slower padded batch: %s", type(model).__name__, self.reason)
-        self._head = (_head_view(self.model),)  # a tuple, so that the head's parameters are not registered twice
 
     def forward(self, layout: Layout[Tensor]) -> Tensor:
         """Log-probs in nats, float32 ``[M]``, of ``layout.targets``."""
@@ -128,12 +128,7 @@ class TokenLogProbs(nn.Module):
     def _expanded_hidden(self, layout: Layout[Tensor]) -> Tensor:
         """The same hidden states from the plain padded batch, prompt + candidate a line: the oracle, and the fallback."""
         sequences, spans = expand(layout)
-        width = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), width, dtype=torch.long, device=layout.input_ids.device)
-        mask = torch.zeros_like(ids)
-        for line, sequence in enumerate(sequences):
-            ids[line, : len(sequence)] = sequence
-            mask[line, : len(sequence)] = 1
+        ids, mask = padded(sequences)
         states = self._trunk(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         return torch.cat([states[line, start:end] for line, (start, end) in enumerate(spans)])
 
@@ -141,7 +136,6 @@ class TokenLogProbs(nn.Module):
         """Compare a small ragged batch with the plain forward; on any difference this model takes the padded batch."""
         device, dtype = self.model.device, self.model.dtype
         layout = to_tensors(_check_row(int(self.model.config.vocab_size)).layout, device)
-        self._head = (_head_view(self.model),)
         problem = None
         with torch.no_grad():
             try:
@@ -287,6 +281,13 @@ def expand(layout: Layout[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]
         sequences.append(torch.cat([layout.input_ids[end - length : end], tokens]))
         spans.append((length - 1, length - 1 + last - first))
     return sequences, spans
+
+
+def padded(sequences: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sequences as one batch padded on the right, ids and mask ``[lines, longest]``."""
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(sequence) for sequence in sequences], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()
 
 
 def _check_row(vocabulary: int) -> Row:

@@ -10,7 +10,7 @@ import torch
 
 from dpo_rank.errors import MissingExtraError, ModelError
 from dpo_rank.scoring.engine import FloatArray
-from dpo_rank.scoring.logps import expand, to_tensors
+from dpo_rank.scoring.logps import expand, padded, to_tensors
 from dpo_rank.scoring.pack import Row
 
 
@@ -41,9 +41,7 @@ class OptimumEngine:
         """Log-probs in nats of the row's targets under policy and reference, float32 ``[M]`` each."""
         layout = to_tensors(row.layout, "cpu")
         sequences, spans = expand(layout)
-        ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-        lengths = torch.tensor([len(sequence) for sequence in sequences])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        ids, mask = padded(sequences)
         results = [self._logps(model, ids, mask, spans, layout.targets) for model in self._models]
         return results[0], results[1]
 

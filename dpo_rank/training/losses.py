@@ -23,9 +23,14 @@ def sigmoid(rewards: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
 
     A row of several candidates gives the mean over the pairs that its targets tell apart; a row without any gives 0.
     """
-    better = (targets[:, :, None] > targets[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    better = labelled_pairs(mask, targets)
     losses = -functional.logsigmoid(rewards[:, :, None] - rewards[:, None, :])
     return torch.where(better, losses, 0.0).sum(dim=(1, 2)) / better.sum(dim=(1, 2)).clamp(min=1)
+
+
+def labelled_pairs(mask: Tensor, targets: Tensor) -> Tensor:
+    """``[B, N, N]``: True where both candidates stand and the first has the higher label."""
+    return (targets[:, :, None] > targets[:, None, :]) & mask[:, :, None] & mask[:, None, :]
 
 
 LOSSES: dict[str, Loss] = {"sigmoid": sigmoid}

@@ -85,8 +85,8 @@ def train(
         raise DataError("sft makes the reference itself: give either sft or a reference")
     run = config.run_directory(output)
     problems = Problems()
-    rows = [row for row in read(data, on_error=config.on_error, problems=problems) if row.pairs()]
-    kept, held = (rows, _read_eval(eval_data, config, problems)) if eval_data is not None else split(rows, config.held_out)
+    rows = _labelled(data, config, problems)
+    kept, held = (rows, _labelled(eval_data, config, problems)) if eval_data is not None else split(rows, config.held_out)
     if not kept or not held:
         raise DataError(f"{len(kept)} rows to train on and {len(held)} held out, with labels that differ: both are needed")
 
@@ -141,9 +141,8 @@ def train(
         training=facts,
     )
     del trainer
-    finish(manifest, (policy, frozen.cpu()), encoder, held, output, config, overwrite=overwrite, say=say)
+    facts = finish(manifest, (policy, frozen.cpu()), encoder, held, output, config, overwrite=overwrite, say=say)
     shutil.rmtree(run / "artifact", ignore_errors=True)
-    facts = dict(artifacts.load(output).manifest.training)
     return TrainingResult(output, facts, problems)
 
 
@@ -157,8 +156,13 @@ def finish(
     *,
     overwrite: bool,
     say: Callable[[str], None],
-) -> None:
-    """Write the artifact: graphs (if wanted), models, the temperature and the held-out figures measured with what is written."""
+) -> dict[str, Any]:
+    """Write the artifact: graphs (if wanted), models, the temperature and the held-out figures measured with what is written.
+
+    Returns:
+        The training facts that the artifact holds.
+
+    """
     # Training ends in an artifact that is measured as its users will run it, so it calls export and evaluation.
     from dpo_rank.evaluation.agreement import held_out_table
 
@@ -194,6 +198,7 @@ def finish(
         (root / "README.md").write_text(model_card(final, built.manifest.precisions), encoding="utf-8")
 
     artifacts.save(output, final, write, overwrite=overwrite)
+    return measured
 
 
 def split(rows: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
@@ -222,7 +227,8 @@ def starter_base() -> str:
     )
 
 
-def _read_eval(data: Any, config: DPOConfig, problems: Problems) -> list[Example]:
+def _labelled(data: Any, config: DPOConfig, problems: Problems) -> list[Example]:
+    """The rows whose labels tell candidates apart."""
     return [row for row in read(data, on_error=config.on_error, problems=problems) if row.pairs()]
 
 

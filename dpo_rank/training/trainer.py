@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from dpo_rank.scoring.logps import TokenLogProbs
 from dpo_rank.training.collate import TrainingGroup, collate, layout_of, per_candidate
 from dpo_rank.training.config import DPOConfig
-from dpo_rank.training.losses import LOSSES
+from dpo_rank.training.losses import LOSSES, labelled_pairs
 
 
 class PreferenceTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types here
@@ -152,7 +152,7 @@ class _Progress(TrainerCallback):  # type: ignore[misc]
 
 def _agreement(rewards: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
     """``[B]``: for each prompt, the share of its labelled pairs in the right order; equal rewards count half."""
-    better = (targets[:, :, None] > targets[:, None, :]) & mask[:, :, None] & mask[:, None, :]
+    better = labelled_pairs(mask, targets)
     difference = rewards[:, :, None] - rewards[:, None, :]
     right = (difference > 0).float() + 0.5 * (difference == 0).float()
     return (right * better).sum(dim=(1, 2)) / better.sum(dim=(1, 2)).clamp(min=1)

@@ -178,7 +178,8 @@ def test_an_encoder_decoder_is_refused():
 
 
 def test_a_peft_policy_brings_its_own_reference():
-    peft = pytest.importorskip("peft")
+    import peft
+
     base = tiny("llama")
     groups = cases()["ragged, several prompts"]
     row = pack(groups)
