@@ -1,71 +1,239 @@
-"""What the starter costs: import, first ranking in a fresh process, later rankings, memory.
+"""How long N candidates take, side by side with other ways of scoring them, and with the floor that no way can pass.
 
-    python benchmarks/latency.py
+    python benchmarks/latency.py                          # the grid at 134 M; hours on two cores; goes on where it stopped
+    python benchmarks/latency.py --cells 512x16 --ways dpo_rank,padded
 
-Run on an otherwise idle machine. Prints a table; writes docs/results/latency.json.
+Run on an otherwise idle machine. Every way runs in a process of its own. Writes docs/results/latency.json, .md and .svg. What is not
+installed is named as not run; peers need ``pip install 'dpo-rank[optimum]' 'sentence-transformers<6'`` beside the rest.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
+import platform
 import statistics
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from shapes import SHAPES, artifact, cross_encoder, pair
+from ways import WAYS
 
-FRESH = """
-import json, resource, sys, time
-start = time.perf_counter()
-import numpy
-loaded_numpy = time.perf_counter()
-import dpo_rank
-imported = time.perf_counter()
-from dpo_rank import Ranker
-ranker = Ranker.load("starter")
-loaded = time.perf_counter()
-answers = ["Blot it with a cloth, cover it with salt or baking soda, wait ten minutes, rinse with cold water and wash the shirt as usual. " * 2] * 4
-answers = [f"{n}. {text}" for n, text in enumerate(answers)]
-prompt = "How do I get a red wine stain out of a cotton shirt?"
-tokens = ranker.rank(prompt, answers)[0].num_tokens
-first = time.perf_counter()
-later = []
-for _ in range(30):
-    begin = time.perf_counter()
-    ranker.rank(prompt, answers)
-    later.append(time.perf_counter() - begin)
-assert "torch" not in sys.modules
-print(json.dumps({
-    "import over numpy": imported - loaded_numpy,
-    "load": loaded - imported,
-    "import to first ranking": first - loaded_numpy + (loaded_numpy - start),
-    "later ranking, 4 candidates": sorted(later)[len(later) // 2],
-    "tokens a candidate": tokens,
-    "peak memory MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-}))
-"""
+from dpo_rank.scoring.graph_engine import available_cpus
+
+HERE = Path(__file__).parent
+BASELINE = "padded batch, torch fp32"
+TOO_LONG = 300.0
+PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "optimum-onnx")
+LENGTHS: list[list[int]] = json.loads((HERE / "lengths.json").read_text())
+"""Token counts of 16 systems' answers to each of 275 prompts (AlpacaEval, test side), by the starter's tokenizer."""
+
+
+def cells(full: bool) -> list[dict[str, Any]]:
+    """The grid, the 512 x 16 cells first."""
+    sizes = [(512, 16)] + [(p, n) for p in (128, 512, 2048) for n in (4, 16, 64) if (p, n) != (512, 16)]
+    shapes = ["134M"]
+    if full:
+        sizes += [(p, 256) for p in (128, 512, 2048)]
+        shapes = list(SHAPES)
+    return [
+        {"shape": shape, "prompt": prompt, "candidates": count, "kind": kind, "lengths": lengths(count, kind)}
+        for shape in shapes
+        for prompt, count in sizes
+        for kind in ("equal", "ragged")
+    ]
+
+
+def lengths(count: int, kind: str) -> list[list[int]]:
+    """The candidates' token counts of each run: 128 each, or real answers of five prompts from short to long."""
+    if kind == "equal":
+        return [[128] * count]
+    by_total = sorted(LENGTHS, key=sum)
+    together = -(-count // 16)
+    places = [round(len(by_total) * share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    return [[n for numbers in by_total[place : place + together] for n in numbers][:count] for place in places]
+
+
+def name_of(cell: dict[str, Any]) -> str:
+    return f"{cell['shape']} {cell['prompt']}x{cell['candidates']} {cell['kind']}"
+
+
+def work(way: str, cell: dict[str, Any]) -> float:
+    """Positions that a way reads, for predicting how long it takes."""
+    prompt = cell["prompt"]
+    if way.startswith(("padded", "optimum")):
+        return sum(len(run) * (prompt + max(run)) for run in cell["lengths"])
+    if way.startswith("cross"):
+        return sum(len(run) * prompt + sum(run) for run in cell["lengths"])
+    if way.startswith("prompt cache"):
+        return sum(prompt + len(run) * max(run) for run in cell["lengths"])
+    return sum(prompt + sum(run) for run in cell["lengths"])
+
+
+def predicted(way: str, cell: dict[str, Any], results: dict[str, Any], grid: list[dict[str, Any]]) -> float | None:
+    """Seconds from this way's largest measured cell of the shape."""
+    measured = [
+        (work(way, other), sum(statistics.median(run["seconds"]) for run in found["runs"]))
+        for other in grid
+        if other["shape"] == cell["shape"] and "runs" in (found := results.get(name_of(other), {}).get(way, {}))
+    ]
+    if not measured:
+        return None
+    size, seconds = max(measured)
+    return seconds * work(way, cell) / size
+
+
+def measure(way: str, cell: dict[str, Any], cache: Path, threads: int) -> dict[str, Any]:
+    """Run one way in a fresh process."""
+    first = cell["prompt"] == 512 and cell["candidates"] == 16
+    request = {**cell, "cache": str(cache), "threads": threads, "repeats": 3 if first else 5, "always": first and cell["kind"] == "equal"}
+    done = subprocess.run([sys.executable, str(HERE / "ways.py"), way, json.dumps(request)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"not_run": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def floor_of(cell: dict[str, Any], threads: int) -> list[dict[str, float]]:
+    """The floor of each run of a cell, in a fresh process."""
+    code = "import json,sys; from floor import floor; a = json.loads(sys.argv[1]); print(json.dumps([floor(a[0], a[1], n, a[3]) for n in a[2]]))"
+    arguments = json.dumps([SHAPES[cell["shape"]], cell["prompt"], cell["lengths"], threads])
+    done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True, cwd=HERE)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def table(grid: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    """Every measured cell as Markdown."""
+    lines: list[str] = []
+    for cell in grid:
+        found = results.get(name_of(cell))
+        if not found:
+            continue
+        floors = [sum(part.values()) for part in found["floor"]]
+        parts = ", ".join(f"{part} {statistics.median(f[part] for f in found['floor']):.2f}" for part in found["floor"][0])
+        tokens = statistics.median(cell["prompt"] + sum(run) for run in cell["lengths"])
+        lines += [
+            f"### {name_of(cell)}",
+            "",
+            f"Floor, fp32: {statistics.median(floors):.2f} s ({parts}). {tokens:.0f} real tokens in the median prompt.",
+            "",
+            "| way | seconds (range) | x floor | x faster than the padded batch | ms a candidate | peak MiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        base = seconds_of(found.get(BASELINE))
+        for way, entry in found.items():
+            if way != "floor":
+                lines.append(line(way, entry, floors, base, cell["candidates"]))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def seconds_of(entry: dict[str, Any] | None) -> list[float] | None:
+    """Median seconds of each run, or None where it was not run."""
+    if entry is None or "not_run" in entry:
+        return None
+    if "estimated" in entry:
+        return [float(value) for value in entry["estimated"]]
+    return [statistics.median(run["seconds"]) for run in entry["runs"]]
+
+
+def line(way: str, entry: dict[str, Any], floors: list[float], base: list[float] | None, count: int) -> str:
+    found = seconds_of(entry)
+    if found is None:
+        return f"| {way} | not run: {entry['not_run']} | | | | |"
+    median = statistics.median(found)
+    if "runs" in entry:
+        every = [value for run in entry["runs"] for value in run["seconds"]]
+        shown = f"{median:.2f} ({min(every):.2f} to {max(every):.2f})"
+    else:
+        shown = f"{median:.1f} (estimated)"
+    over = statistics.median(a / b for a, b in zip(found, floors, strict=True))
+    faster = "" if base is None else f"{statistics.median(b / a for a, b in zip(found, base, strict=True)):.1f}"
+    return f"| {way} | {shown} | {over:.2f} | {faster} | {1000 * median / count:.1f} | {entry.get('peak_mib', '')} |"
+
+
+def plot(grid: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
+    """Bars of the first measured cell of each kind."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    shown = [cell for cell in grid if name_of(cell) in results][:2]
+    figure, axes = plt.subplots(1, len(shown), figsize=(6.5 * len(shown), 4.2), squeeze=False)
+    for axis, cell in zip(axes[0], shown, strict=True):
+        found = results[name_of(cell)]
+        bars = {way: statistics.median(seconds) for way, entry in found.items() if way != "floor" and (seconds := seconds_of(entry))}
+        names = sorted(bars, key=bars.__getitem__, reverse=True)
+        colours = ["#2f6f4f" if name.startswith("dpo_rank") else "#b8b8b8" for name in names]
+        drawn = axis.barh(names, [bars[name] for name in names], color=colours)
+        axis.bar_label(drawn, fmt="%.1f s", padding=3, fontsize=8)
+        limit = statistics.median(sum(part.values()) for part in found["floor"])
+        axis.axvline(limit, color="#c0392b", linewidth=1)
+        axis.text(limit, -0.9, " fp32 products", color="#c0392b", fontsize=8)
+        axis.set_title(f"{cell['prompt']} tokens + {cell['candidates']} answers, {cell['kind']} ({cell['shape']})", fontsize=10)
+        axis.set_xlabel("seconds, policy and reference together")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.margins(x=0.15)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def machine(threads: int) -> dict[str, Any]:
+    def found(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {"processor": platform.machine(), "threads": threads, "packages": {name: found(name) for name in PACKAGES}}
 
 
 def main() -> None:
-    runs = []
-    for _ in range(7):
-        done = subprocess.run([sys.executable, "-c", FRESH], check=True, capture_output=True, text=True)
-        runs.append(json.loads(done.stdout))
-    table = Table(title=f"starter, {os.cpu_count()} CPUs, median of {len(runs)} fresh processes (range)", title_justify="left")
-    table.add_column("what")
-    table.add_column("value", justify="right")
-    results = {}
-    for key in runs[0]:
-        values = [run[key] for run in runs]
-        scale, unit = (1, "") if key.startswith(("tokens", "peak")) else (1000, " ms")
-        results[key] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-        table.add_row(key, f"{scale * statistics.median(values):.1f}{unit} ({scale * min(values):.1f} to {scale * max(values):.1f})")
-    Console().print(table)
-    Path("docs/results").mkdir(parents=True, exist_ok=True)
-    Path("docs/results/latency.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    parser = argparse.ArgumentParser(description="Latency of dpo_rank and its peers beside the floor.")
+    parser.add_argument("--full", action="store_true", help="N = 256 and the 15 M and 0.6 B shapes too")
+    parser.add_argument("--cells", default="", help="only cells whose name holds this text")
+    parser.add_argument("--ways", default="", help="only ways whose names hold one of these texts, comma-separated")
+    parser.add_argument("--again", action="store_true", help="measure again what the results hold already")
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--cache", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    args = parser.parse_args()
+    grid = cells(args.full)
+    wanted = [way for way in WAYS if any(text in way for text in args.ways.split(","))]
+    path = args.output / "latency.json"
+    data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"results": {}}
+    results = data["results"]
+    console = Console()
+    for cell in grid:
+        if args.cells not in name_of(cell):
+            continue
+        found = results.setdefault(name_of(cell), {})
+        pair(cell["shape"], args.cache)
+        cross_encoder(cell["shape"], args.cache)
+        artifact(cell["shape"], args.cache, ("fp32", "int8"))
+        if "floor" not in found or args.again:
+            found["floor"] = floor_of(cell, args.threads)
+        for way in wanted:
+            if way in found and not args.again:
+                continue
+            seconds = predicted(way, cell, results, grid)
+            if seconds is not None and seconds > TOO_LONG:
+                each = [seconds * sum(run) / sum(map(sum, cell["lengths"])) for run in cell["lengths"]]
+                found[way] = {"estimated": each}
+            else:
+                console.print(f"[dim]{name_of(cell)}: {way}[/]")
+                found[way] = measure(way, cell, args.cache, args.threads)
+            data["machine"] = machine(args.threads)
+            args.output.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        console.print(table([cell], results), markup=False, highlight=False)
+    (args.output / "latency.md").write_text(table(cells(True), results), encoding="utf-8")
+    plot(grid, results, args.output / "latency.svg")
 
 
 if __name__ == "__main__":

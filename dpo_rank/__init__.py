@@ -26,6 +26,7 @@ from dpo_rank.errors import (
 if TYPE_CHECKING:
     from dpo_rank.ranker import Ranker, TokenContribution
     from dpo_rank.ranking import Candidate, RankedCandidate, Ranking
+    from dpo_rank.session import Session
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "RankedCandidate",
     "Ranker",
     "Ranking",
+    "Session",
     "TokenContribution",
     "UnavailableError",
 ]
@@ -51,6 +53,7 @@ _HOMES = {
     "RankedCandidate": "dpo_rank.ranking",
     "Ranking": "dpo_rank.ranking",
     "Ranker": "dpo_rank.ranker",
+    "Session": "dpo_rank.session",
     "TokenContribution": "dpo_rank.ranker",
 }
 

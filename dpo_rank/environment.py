@@ -16,7 +16,7 @@ def describe() -> dict[str, Any]:
     """Versions, usable engines, and problems with their repair."""
     import onnxruntime
 
-    from dpo_rank.scoring.onnx_engine import available_cpus
+    from dpo_rank.scoring.graph_engine import available_cpus
 
     found = [name for name in ONNXRUNTIMES if _version(name)]
     problems = []

@@ -19,22 +19,23 @@ import numpy.typing as npt
 
 from dpo_rank import artifact as artifacts
 from dpo_rank.artifact import Artifact, Manifest
-from dpo_rank.errors import ArtifactError, DataError, MissingExtraError, ModelError, UnavailableError
+from dpo_rank.errors import ArtifactError, DataError, MissingExtraError, ModelError
+from dpo_rank.loading import locate, open_engine, pair_module, say_what_the_starter_is
 from dpo_rank.ranking import Candidate, Ranking, make_ranking, preference
 from dpo_rank.scoring.encode import Boundary, Encoded, Encoder, Limits, Passage, Prompt, load_tokenizer
 from dpo_rank.scoring.engine import Engine, RewardForm, TokenScores, score
 from dpo_rank.scoring.pack import DEFAULT_TOKEN_BUDGET
 from dpo_rank.scoring.prompt_format import PromptFormat, StringPrompt
+from dpo_rank.session import Session
 
 if TYPE_CHECKING:
     from dpo_rank.evaluation.calibration import CalibrationReport
 
 logger = logging.getLogger(__name__)
 
-STARTER = Path(__file__).parent / "starter"
 MISFIT_NATS = 2.5
 """Mean |log-ratio| per token beyond which policy and reference are hardly a pair (measured; see docs/pairs.md)."""
-_LOGITS_BUDGET = 2**28  # logits of one row in an exported graph: 1 GiB in float32
+_LOGITS_BUDGET = 2**27  # logits of one row in an exported graph: 512 MiB in float32, and as much for their softmax
 
 Answer = str | Candidate | Mapping[str, Any]
 
@@ -127,11 +128,11 @@ class Ranker:
         if threads is not None and threads < 1:
             raise DataError(f"threads must be at least 1, not {threads}")
         if path_or_hub_id is None:
-            _say_what_the_starter_is()
-        root = _locate(path_or_hub_id, revision, token, cache_dir, local_files_only)
+            say_what_the_starter_is()
+        root = locate(path_or_hub_id, revision, token, cache_dir, local_files_only)
         artifact = artifacts.load(root)
         manifest = artifact.manifest
-        chosen = _open_engine(artifact, engine, device, precision, threads, providers)
+        chosen = open_engine(artifact, engine, device, precision, threads, providers)
         encoder = Encoder(
             load_tokenizer(artifact.tokenizer()), manifest.prompt_format, manifest.limits, manifest.passage_format, manifest.boundary
         )
@@ -195,7 +196,7 @@ class Ranker:
             raise DataError(f"reward is 'sum' or 'mean', not {reward!r}")
         if boundary not in ("split", "joint"):
             raise DataError(f"boundary is 'split' or 'joint', not {boundary!r}")
-        pair = _pair_module("Ranker.from_models")
+        pair = pair_module("Ranker.from_models")
         loaded = pair.load_pair(
             policy,
             reference,
@@ -349,6 +350,13 @@ class Ranker:
         """`score` in a thread, for use in an event loop."""
         return await asyncio.to_thread(self.score, prompt, candidates, passages=passages)
 
+    def session(self, prompt: Prompt, passages: Sequence[Passage] | None = None) -> Session:
+        """Read ``prompt`` once, and score candidates as they arrive or grow.
+
+        ``with ranker.session(prompt) as session: session.add(...); session.extend(index, more_text); session.rank()``
+        """
+        return Session(self, self._engine, prompt, passages)
+
     def explain(self, prompt: Prompt, candidate: Answer) -> list[TokenContribution]:
         """Each token's part in the candidate's score; the contributions add up to it."""
         _, [encoded], [[scores]] = self._scored([prompt], [[candidate]], None)
@@ -377,8 +385,7 @@ class Ranker:
             [example.candidates for example in examples],
             passages=[example.passages or None for example in examples],
         )
-        margins = [np.array([float(s[a]) - float(s[b]) for a, b in example.pairs()]) for example, s in zip(examples, scores, strict=True)]
-        report = calibrate(margins, self.temperature)
+        report = calibrate(examples, scores, self.temperature)
         self.temperature, self.calibrated = report.temperature, True
         return report
 
@@ -393,9 +400,17 @@ class Ranker:
             ArtifactError: ``path`` exists and ``overwrite`` is False.
 
         """
+        from dpo_rank.export.card import with_temperature
+
         if self._artifact is not None:
-            artifact = self._artifact
-            return artifacts.save(path, self.manifest, artifact.copy_files, overwrite=overwrite)
+            artifact, manifest = self._artifact, self.manifest
+
+            def write(root: Path) -> None:
+                artifact.copy_files(root)
+                if (card := root / "README.md").is_file():
+                    card.write_text(with_temperature(card.read_text(encoding="utf-8"), manifest), encoding="utf-8")
+
+            return artifacts.save(path, manifest, write, overwrite=overwrite)
         pair, models = self._pair(), self._models
         self._storable()
         return artifacts.save(path, self.manifest, lambda root: pair.write_models(root, models, self._encoder), overwrite=overwrite)
@@ -536,19 +551,10 @@ class Ranker:
             raise ArtifactError(f"the tokenizer's chat template cannot be stored in an artifact: {getattr(renderer, 'reason', '')}")
 
     def _pair(self) -> Any:
-        pair = _pair_module("this")
+        pair = pair_module("this")
         if self._artifact is None and self._models is None:
             raise ModelError("this ranker holds no model weights")
         return pair
-
-
-def _pair_module(what: str) -> Any:
-    """`dpo_rank.scoring.pair`, which needs torch and transformers."""
-    try:
-        from dpo_rank.scoring import pair
-    except ImportError:
-        raise MissingExtraError(what, "torch") from None
-    return pair
 
 
 def _restore(reload: Callable[[], Ranker], temperature: float, calibrated: bool, token_budget: int) -> Ranker:
@@ -572,86 +578,3 @@ def _generated(values: Any) -> Sequence[Answer]:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise DataError(f"generate returned {type(values).__name__}, expected a list of candidates")
     return list(values)
-
-
-@functools.cache
-def _say_what_the_starter_is() -> None:
-    logger.warning(
-        "Ranker.load() uses the embedded starter: a very small model that tells broken answers (cut off, looping, off the "
-        "topic, garbled, needless refusals) from whole ones and, a little, harmful from harmless. Between two good answers it "
-        'knows little. Load or train a ranker of your own; Ranker.load("starter") does not say this.'
-    )
-
-
-def _locate(
-    path_or_hub_id: str | os.PathLike[str] | None,
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-) -> Path:
-    """The artifact's directory; a hub snapshot is fetched as plain files."""
-    if path_or_hub_id is None or path_or_hub_id == "starter":
-        return STARTER
-    path = Path(path_or_hub_id).expanduser()
-    if path.exists():
-        return path
-    name = str(path_or_hub_id)
-    parts = name.split("/")
-    if not isinstance(path_or_hub_id, str) or len(parts) != 2 or not all(parts) or name.startswith((".", "~")):
-        raise ArtifactError(f"{name}: no such directory (a hub id has the form owner/name)")
-    from huggingface_hub import snapshot_download
-
-    cache = Path(cache_dir) if cache_dir else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dpo_rank"
-    target = cache / name.replace("/", "--") / (revision or "main").replace("/", "--")
-    if local_files_only and not target.is_dir():
-        raise ArtifactError(f"{name}: not in the cache ({target}), and local_files_only forbids to fetch it")
-    try:
-        snapshot_download(name, revision=revision, token=token, local_dir=target, local_files_only=local_files_only)
-    except Exception as error:  # huggingface_hub raises its own, requests' and OS errors
-        raise ArtifactError(f"{name}: no such directory, and the hub does not give it: {error}") from error
-    return target
-
-
-def _open_engine(
-    artifact: Artifact, engine: str, device: str, precision: str, threads: int | None, providers: Sequence[Any] | None
-) -> Engine:
-    """The engine asked for, or the first usable one."""
-    if engine not in ("auto", "onnx", "torch"):
-        raise UnavailableError(f"engine {engine!r} is unknown: there are 'auto', 'onnx' and 'torch'")
-    manifest = artifact.manifest
-    if not manifest.precisions and not manifest.has_models:
-        raise ArtifactError("the artifact holds neither graphs nor models")
-    wants_torch = engine == "torch" or (engine == "auto" and not manifest.precisions)
-    if engine == "auto" and manifest.has_models and device != "cpu" and providers is None and not wants_torch:
-        wants_torch = _cuda_without_onnx(device)
-    if wants_torch:
-        if not manifest.has_models:
-            raise UnavailableError("engine 'torch': this artifact holds no models for it, only graphs")
-        pair = _pair_module("the torch engine")
-        chosen: Engine = pair.engine_from_artifact(artifact.root, device, precision)
-        return chosen
-    if not manifest.precisions:
-        raise UnavailableError("engine 'onnx': this artifact holds no graphs; `dpo-rank export` makes them")
-    from dpo_rank.scoring.onnx_engine import OnnxEngine
-
-    if precision == "auto":
-        precision = "fp32" if "fp32" in manifest.precisions else manifest.precisions[0]
-    if precision not in manifest.precisions:
-        raise UnavailableError(f"precision {precision!r} is not in this artifact; it holds {', '.join(manifest.precisions)}")
-    return OnnxEngine(artifact.root / "onnx" / precision, precision, threads=threads, device=device, providers=providers)
-
-
-def _cuda_without_onnx(device: str) -> bool:
-    """Whether torch has a GPU and onnxruntime has none."""
-    import onnxruntime
-
-    from dpo_rank.scoring.onnx_engine import GPU_PROVIDERS
-
-    if any(name in onnxruntime.get_available_providers() for name in GPU_PROVIDERS):
-        return False
-    try:
-        import torch
-    except ImportError:
-        return False
-    return bool(torch.cuda.is_available()) and (device == "auto" or device.startswith("cuda"))

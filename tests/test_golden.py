@@ -28,5 +28,16 @@ def test_scores_are_those_recorded(path, precision):
     assert ranker.temperature == 0.7
 
 
+@pytest.mark.parametrize("path", FORMATS, ids=lambda path: path.name)
+def test_sessions_and_small_budgets_work_on_every_format(path):
+    ranker = Ranker.load(path / "artifact", token_budget=20)
+    expected = json.loads((path / "scores.json").read_text())["fp32"]["plain"]
+    np.testing.assert_allclose(ranker.score(PROMPT, ANSWERS), expected, atol=1e-4)
+    with ranker.session(PROMPT) as session:
+        session.add(ANSWERS)
+        found = {candidate.index: candidate.score for candidate in session.rank()}
+    np.testing.assert_allclose([found[index] for index in range(len(ANSWERS))], expected, atol=1e-4)
+
+
 def test_there_is_one():
     assert FORMATS

@@ -3,7 +3,7 @@
 import inspect
 
 import dpo_rank
-from dpo_rank import Candidate, Ranker, Ranking
+from dpo_rank import Candidate, Ranker, Ranking, Session
 from dpo_rank.ranking import RankedCandidate
 
 NAMES = [
@@ -19,6 +19,7 @@ NAMES = [
     "RankedCandidate",
     "Ranker",
     "Ranking",
+    "Session",
     "TokenContribution",
     "UnavailableError",
 ]
@@ -41,6 +42,7 @@ SIGNATURES = {
     "abest_of_n": "self, prompt, agenerate, n=8",
     "arank": "self, prompt, candidates, *, top_k=None, passages=None",
     "ascore": "self, prompt, candidates, *, passages=None",
+    "session": "self, prompt, passages=None",
     "explain": "self, prompt, candidate",
     "calibrate": "self, rows",
     "save": "self, path, overwrite=False",
@@ -66,6 +68,11 @@ def test_signatures_of_the_ranker():
     assert {name: plain(getattr(Ranker, name)) for name in SIGNATURES} == SIGNATURES
     for name in ("engine", "device", "precision", "beta"):
         assert isinstance(inspect.getattr_static(Ranker, name), property)
+
+
+def test_signatures_of_a_session():
+    expected = {"add": "self, candidates", "extend": "self, index, more_text", "finish": "self, index", "rank": "self, top_k=None"}
+    assert {name: plain(getattr(Session, name)) for name in expected} == expected
 
 
 def test_value_types():

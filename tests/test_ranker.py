@@ -227,6 +227,8 @@ def test_calibration_is_kept(tiny_artifact, tmp_path):
     again = Ranker.load(ranker.save(tmp_path / "calibrated"))
     assert again.temperature == pytest.approx(ranker.temperature)
     assert again.rank(PROMPT, ANSWERS).calibrated
+    card = (tmp_path / "calibrated" / "README.md").read_text()
+    assert f"| temperature | {ranker.temperature:.4g} (fitted" in card
 
 
 def test_passages_are_part_of_the_prompt(ranker):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_rank import Ranker
-from dpo_rank.ranker import STARTER
+from dpo_rank.loading import STARTER
 
 WHOLE = "Blot it with a cloth, cover it with salt, wait ten minutes, rinse with cold water and wash the shirt as usual."
 PROMPT = "How do I get a red wine stain out of a cotton shirt?"
@@ -50,9 +50,9 @@ def test_its_order_comes_from_the_weights(starter):
 
 
 def test_it_says_once_a_process_what_it_is(caplog):
-    from dpo_rank.ranker import _say_what_the_starter_is
+    from dpo_rank.loading import say_what_the_starter_is
 
-    _say_what_the_starter_is.cache_clear()
+    say_what_the_starter_is.cache_clear()
     with caplog.at_level(logging.WARNING):
         Ranker.load("starter")
         assert not caplog.records

@@ -166,9 +166,9 @@ BASELINES: dict[str, Callable[[Iterable[Example]], list[npt.NDArray[np.float32]]
 """Rules that could embarrass a ranker, by name."""
 
 
-def held_out_table(ranker: Scorer, examples: Sequence[Example], by: str = "subset") -> dict[str, dict[str, Any]]:
-    """Agreement by slice beside the length rules, as plain data for a model card."""
-    found = evaluate_scores("", examples, score_examples(ranker, examples), by)
+def held_out_table(examples: Sequence[Example], scores: Scores, by: str = "subset") -> dict[str, dict[str, Any]]:
+    """Agreement of ``scores`` (one array an example) by slice beside the length rules, as plain data for a model card."""
+    found = evaluate_scores("", examples, scores, by)
     rules = {name: evaluate_scores(name, examples, BASELINES[name](examples), by) for name in ("shortest", "longest")}
     table: dict[str, dict[str, Any]] = {}
     for key, mine in {"all": found.agreement, **found.slices}.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dpo_rank.data.formats import Example
 from dpo_rank.errors import DataError
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e4
@@ -71,15 +73,20 @@ def nll(margins: npt.NDArray[np.float64], temperature: float, weights: npt.NDArr
     return float(np.average(np.logaddexp(0.0, -margins / temperature), weights=weights))
 
 
-def calibrate(margins_by_prompt: list[npt.NDArray[np.float64]], temperature: float) -> CalibrationReport:
-    """Fit a temperature on the pairs of several prompts, every prompt weighing the same.
+def calibrate(examples: Sequence[Example], scores: Sequence[npt.NDArray[np.float32]], temperature: float = 1.0) -> CalibrationReport:
+    """Fit a temperature on the labelled pairs of several prompts, every prompt weighing the same.
 
     Args:
-        margins_by_prompt: for each prompt, the margin of each labelled pair.
+        examples: labelled rows.
+        scores: one array an example, in the order of its candidates.
         temperature: the one in use so far.
 
+    Raises:
+        DataError: no pair that the labels tell apart.
+
     """
-    used = [margins for margins in margins_by_prompt if len(margins)]
+    used = [np.array([float(s[a]) - float(s[b]) for a, b in example.pairs()]) for example, s in zip(examples, scores, strict=True)]
+    used = [margins for margins in used if len(margins)]
     if not used:
         raise DataError("no labelled pair to fit a temperature on")
     margins = np.concatenate(used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,12 +30,11 @@ def model_card(manifest: Manifest, precisions: Sequence[str]) -> str:
         "",
     ]
     lines += [str(text) + "\n" for text in facts.get("description", [])]
-    calibrated = "fitted on held-out preferences" if manifest.calibrated else "not fitted"
     lines += [
         "| fact | value |",
         "|---|---|",
         f"| score | beta x {manifest.reward} of the log-ratios, beta = {manifest.beta:g} |",
-        f"| temperature | {manifest.temperature:.4g} ({calibrated}) |",
+        _temperature(manifest),
         f"| reads at most | {manifest.limits.max_prompt_tokens} prompt and {manifest.limits.max_completion_tokens} answer tokens |",
         f"| precisions | {', '.join(precisions)} |",
         f"| passages | {'yes' if manifest.passage_format else 'no passage format'} |",
@@ -46,6 +46,15 @@ def model_card(manifest: Manifest, precisions: Sequence[str]) -> str:
     ]
     lines += ["", *_export_section(facts.get("export", {})), *_held_out_section(facts.get("held_out", {}))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def with_temperature(card: str, manifest: Manifest) -> str:
+    """``card`` with the line of the temperature as the manifest has it now; the rest is its owner's."""
+    return re.sub(r"^\| temperature \|.*$", _temperature(manifest), card, count=1, flags=re.MULTILINE)
+
+
+def _temperature(manifest: Manifest) -> str:
+    return f"| temperature | {manifest.temperature:.4g} ({'fitted on held-out preferences' if manifest.calibrated else 'not fitted'}) |"
 
 
 def _export_section(export: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dpo_rank.errors import ModelError
-from dpo_rank.scoring.logps import TokenLogProbs
-from dpo_rank.scoring.onnx_engine import feeds
+from dpo_rank.export.fuse import fuse
+from dpo_rank.scoring.engine import FloatArray
+from dpo_rank.scoring.graph_engine import feeds
+from dpo_rank.scoring.logps import TokenLogProbs, key_value_shape
 from dpo_rank.scoring.pack import Group, IntArray, Layout, pack
 
 logger = logging.getLogger(__name__)
@@ -48,20 +50,26 @@ class _Graph(nn.Module):
         run_positions: Tensor,
         prompt_index: Tensor,
         prompt_slot: Tensor,
-        prompt_length: Tensor,
+        key_index: Tensor,
+        key_length: Tensor,
+        past_length: Tensor,
         run_index: Tensor,
         run_slot: Tensor,
         own_index: Tensor,
         own_slot: Tensor,
         source: Tensor,
         targets: Tensor,
-    ) -> Tensor:
+        past: Tensor,
+        keep: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         layout = Layout(
             torch.cat([prompt_ids, run_ids]),
             torch.cat([prompt_positions, run_positions]),
             prompt_index,
             prompt_slot,
-            prompt_length,
+            key_index,
+            key_length,
+            past_length,
             run_index,
             run_slot,
             own_index,
@@ -69,7 +77,7 @@ class _Graph(nn.Module):
             source,
             targets,
         )
-        return cast("Tensor", self.scorer(layout))
+        return self.scorer.continued(layout, past, keep)
 
 
 _AXES: dict[str, tuple[str, ...]] = {
@@ -79,13 +87,17 @@ _AXES: dict[str, tuple[str, ...]] = {
     "run_positions": ("run_tokens",),
     "prompt_index": ("prompts", "prompt_max"),
     "prompt_slot": ("prompt_tokens",),
-    "prompt_length": ("prompts",),
+    "key_index": ("prompts", "key_max"),
+    "key_length": ("prompts",),
+    "past_length": ("prompts",),
     "run_index": ("prompts", "run_max"),
     "run_slot": ("run_tokens",),
     "own_index": ("candidates", "own_max"),
     "own_slot": ("run_tokens",),
     "source": ("targets",),
     "targets": ("targets",),
+    "past": ("past_tokens",),
+    "keep": ("kept_tokens",),
 }
 
 
@@ -102,10 +114,10 @@ def trace(model: Any) -> ir.Model:
     scorer = TokenLogProbs(model)
     if not scorer.packed:
         raise ModelError(f"{name} cannot be exported: {scorer.reason}. Ranker.from_models scores it with torch")
-    example = _example_row(int(model.config.vocab_size))
+    example, past, keep = _example(model)
     axes = {axis: Dim.DYNAMIC for names in _AXES.values() for axis in names}
     shapes = {name: {place: axes[axis] for place, axis in enumerate(names)} for name, names in _AXES.items()}
-    inputs = {name: torch.from_numpy(array) for name, array in feeds(example).items()}
+    inputs = {name: torch.from_numpy(array) for name, array in feeds(example, past, keep).items() if name in _AXES}
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
@@ -122,13 +134,15 @@ def trace(model: Any) -> ir.Model:
     assert exported is not None
     graph = exported.model
     for value, axis_names in zip(graph.graph.inputs, _AXES.values(), strict=True):
-        value.shape = ir.Shape(axis_names)
-    graph.graph.outputs[0].name = "logps"
+        fixed = value.shape[len(axis_names) :] if value.shape is not None else ()
+        value.shape = ir.Shape([*axis_names, *fixed])
+    graph.graph.outputs[0].name, graph.graph.outputs[1].name = "logps", "kept"
     _note_weights(graph, scorer)
     fold_transposes(graph)
     # Of the exporter's optimiser only what shrinks the graph: its pattern rewriter takes longer than all the rest, and the
     # runtime fuses on its own when it loads.
     optimizer.fold_constants(graph, input_size_limit=1024, output_size_limit=1024, should_fold=_reads_no_weight)
+    fuse(graph)
     common.CommonSubexpressionEliminationPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
     return graph
@@ -148,14 +162,16 @@ def _quiet() -> Iterator[None]:
         remarks.setLevel(level)
 
 
-def _example_row(vocabulary: int) -> Layout[IntArray]:
+def _example(model: Any) -> tuple[Layout[IntArray], FloatArray, IntArray]:
     """Sizes of an axis must differ and be at least 2: the exporter takes equal sizes for one axis and 1 for a constant."""
     ids = iter(range(1, 10_000))
 
     def tokens(count: int) -> list[int]:
-        return [next(ids) * 7919 % vocabulary for _ in range(count)]
+        return [next(ids) * 7919 % int(model.config.vocab_size) for _ in range(count)]
 
-    return pack([Group(tokens(11), [tokens(7), tokens(3), tokens(5)]), Group(tokens(6), [tokens(4), tokens(9)])]).layout
+    past = key_value_shape(model.config)
+    groups = [Group(tokens(11), [tokens(7), tokens(3), tokens(5)], past=range(2)), Group(tokens(6), [tokens(4), tokens(9)], past=range(8))]
+    return pack(groups, num_past=8).layout, np.zeros((8, *past), dtype=np.float32), np.arange(10)
 
 
 def _note_weights(graph: ir.Model, scorer: TokenLogProbs) -> None:

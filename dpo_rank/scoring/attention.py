@@ -22,19 +22,39 @@ QUERY_BLOCK = 1024
 _MASKED = -1e30  # finite: a row without any visible key must not become NaN, it is merged with weight 0
 
 
-class CallCounter:
-    """Counts the attention calls of one forward pass; the caller compares them with the model's layers."""
+class Pass:
+    """What one forward pass carries through its attention calls.
 
-    def __init__(self) -> None:
+    Attributes:
+        layout: where everything lies in the row.
+        past: keys and values ``[Q, layers, 2, kv_heads, head_dim]`` of tokens that were read before, or None.
+        keep: places in the row whose keys and values are wanted, or None.
+        calls: attention calls so far; the caller compares them with the model's layers.
+        kept: ``[K, 2, kv_heads, head_dim]`` of every layer so far, where ``keep`` is given.
+
+    """
+
+    def __init__(self, layout: Layout[Tensor], past: Tensor | None = None, keep: Tensor | None = None) -> None:
+        self.layout, self.past, self.keep = layout, past, keep
         self.calls = 0
+        self.kept: list[Tensor] = []
+
+    def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The key space ``[past | row]`` of the next layer, from its row's ``[T, kv_heads, head_dim]``."""
+        layer, self.calls = self.calls, self.calls + 1
+        if self.keep is not None:
+            self.kept.append(torch.stack([key.index_select(0, self.keep), value.index_select(0, self.keep)], dim=1))
+        if self.past is None:
+            return key, value
+        past = self.past.select(1, layer).to(key.dtype)
+        return torch.cat([past.select(1, 0), key]), torch.cat([past.select(1, 1), value])
 
 
 class _Partial(NamedTuple):
-    """Attention over part of the keys: ``weighted / total`` is the output, ``top`` the scores' maximum it is relative to."""
+    """Attention over part of the keys."""
 
-    weighted: Tensor  # [batch, kv_heads, rep * queries, head_dim]
-    top: Tensor  # [batch, kv_heads, rep * queries, 1]
-    total: Tensor  # same
+    out: Tensor  # [..., dim]: the weighted mean of the values
+    lse: Tensor  # [..., 1]: log-sum-exp of the scores, the part's weight
 
 
 def register() -> None:
@@ -55,121 +75,134 @@ def prefix_shared_attention(
     softcap: float | None = None,
     sliding_window: int | None = None,
     s_aux: Tensor | None = None,
-    layout: Layout[Tensor] | None = None,
-    counter: CallCounter | None = None,
+    packed: Pass | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer over the row that ``layout`` describes.
+    """Attention of one layer over a packed row.
 
     Args:
         module: the model's attention module; unused.
         query: ``[1, heads, T, head_dim]``; ``key`` and ``value``: ``[1, kv_heads, T, head_dim]``.
         attention_mask: unused: masks come from the layout. (Some architectures build one of their own all the same.)
+        scaling: of the scores; by default ``head_dim ** -0.5``.
+        dropout: must be 0.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it.
         s_aux: ``[heads]`` attention sinks: one more logit per head in the softmax's denominator.
-        layout: tensors of `dpo_rank.scoring.pack.Layout`.
-        counter: told of this call.
+        packed: the forward pass.
 
     Returns:
         ``([1, T, heads, head_dim], None)``.
 
     """
-    if layout is None or counter is None:
+    if packed is None:
         raise RuntimeError("the packed layout did not reach the attention: this architecture drops its keyword arguments")
     if dropout:
         raise RuntimeError("attention dropout is not supported on a packed row: set it to 0")
-    counter.calls += 1
+    layout = packed.layout
     heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[3]
-    scale = dim**-0.5 if scaling is None else scaling
-    attend = _Attend(heads // kv_heads, scale, softcap, sliding_window)
-    # [T, kv_heads, rep, dim] and [T, kv_heads, dim]: gathers of whole tokens, then heads to the front where they are used.
-    q = query[0].transpose(0, 1).reshape(-1, kv_heads, heads // kv_heads, dim)
-    k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    attend = _Attend(heads // kv_heads, softcap, sliding_window)
+    # Tokens first: gathers of whole tokens, then heads to the front where they are used. [T, kv_heads, rep, dim], [T, kv_heads, dim]
+    q, row_k, row_v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))
+    q = (q * (dim**-0.5 if scaling is None else scaling)).reshape(-1, kv_heads, heads // kv_heads, dim)
+    k, v = packed.keys_and_values(row_k, row_v)
     num_prompt = layout.prompt_slot.shape[0]
+    sinks = None if s_aux is None else s_aux.to(torch.float32).view(kv_heads, heads // kv_heads, 1)
 
-    prompt_q, prompt_k, prompt_v = (x[layout.prompt_index] for x in (q, k, v))
+    prompt_k, prompt_v = _take(k, layout.key_index), _take(v, layout.key_index)
     own = layout.own_index + num_prompt
-    own_partial = attend.causal(q[own], k[own], v[own])
-    run_q = q[layout.run_index + num_prompt]
-    run_positions = layout.positions[layout.run_index + num_prompt]
-    run_partial = attend.prefix(run_q, prompt_k, prompt_v, run_positions, layout.prompt_length)
-    sinks = None if s_aux is None else s_aux.to(torch.float32).view(kv_heads, heads // kv_heads)
+    run = layout.run_index + num_prompt
+    prompts = attend.prompt(_take(q, layout.prompt_index), prompt_k, prompt_v, layout.past_length, packed.past is None)
+    owns = attend.own(_take(q, own), _take(row_k, own), _take(row_v, own))
+    runs = attend.prefix(_take(q, run), prompt_k, prompt_v, _take(layout.positions, run), layout.key_length)
+    prompt_part = _Partial(*(_untake(part, layout.prompt_slot) for part in prompts))
+    own_part = _Partial(*(_untake(part, layout.own_slot) for part in owns))
+    run_part = _Partial(*(_untake(part, layout.run_slot) for part in runs))
+    out = torch.cat([_with_sinks(prompt_part, sinks), _with_sinks(_merged(own_part, run_part), sinks)])
+    return out.to(query.dtype).flatten(1, 2)[None], None
 
-    prompt_out = attend.prompt(prompt_q, prompt_k, prompt_v, sinks).flatten(0, 1)[layout.prompt_slot]
-    own_rows = [attend.rows(part).flatten(0, 1)[layout.own_slot] for part in own_partial]
-    run_rows = [attend.rows(part).flatten(0, 1)[layout.run_slot] for part in run_partial]
-    run_out = _normalise(_merge(_Partial(*own_rows), _Partial(*run_rows)), sinks)
-    out = torch.cat([prompt_out, run_out]).to(query.dtype)  # [T, kv_heads, rep, dim]
-    return out.flatten(1, 2)[None], None
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """``values[index]`` for an index of any shape, as one gather of whole rows."""
+    return values.index_select(0, index.flatten()).view(*index.shape, *values.shape[1:])
+
+
+def _untake(values: Tensor, slot: Tensor) -> Tensor:
+    """The real places ``slot`` of a padded view ``[rows, columns, ...]``."""
+    return values.flatten(0, 1).index_select(0, slot)
 
 
 class _Attend:
-    """The attention products of one layer; queries are ``[batch, queries, kv_heads, rep, dim]``."""
+    """The attention products of one layer; queries are scaled, ``[batch, queries, kv_heads, rep, dim]``."""
 
-    def __init__(self, rep: int, scale: float, softcap: float | None, window: int | None) -> None:
-        self.rep, self.scale, self.softcap, self.window = rep, scale, softcap, window
+    def __init__(self, rep: int, softcap: float | None, window: int | None) -> None:
+        self.rep, self.softcap, self.window = rep, softcap, window
 
-    def causal(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> _Partial:
-        """Queries at places ``start...`` of a padded view, keys at places ``0...``; padding stands behind every real token."""
-        query_at = torch.arange(q.shape[1], device=q.device)[:, None] + start
-        key_at = torch.arange(k.shape[1], device=q.device)[None, :]
-        visible = key_at <= query_at
-        if self.window is not None:
-            visible = visible & (key_at > query_at - self.window)
-        return self._partial(q, k, v, visible[None])
+    def own(self, q: Tensor, k: Tensor, v: Tensor) -> _Partial:
+        """Candidates' tokens over their own candidate; padding stands behind every real token."""
+        place = torch.arange(q.shape[1], device=q.device)
+        return self._partial(q, k, v, self._behind(place[:, None], place[None, :])[None])
 
-    def prefix(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor) -> _Partial:
-        """Candidate tokens at ``positions`` [batch, queries] over their prompt's keys, ``lengths`` [batch] of them real."""
+    def prompt(self, q: Tensor, k: Tensor, v: Tensor, past_length: Tensor, no_past: bool) -> _Partial:
+        """Causal attention of the prompts' tokens; outside an exported graph a block of queries at a time."""
         key_at = torch.arange(k.shape[1], device=q.device)[None, None, :]
-        visible = key_at < lengths[:, None, None]
-        if self.window is not None:
-            visible = visible & (key_at > positions[:, :, None] - self.window)
-        return self._partial(q, k, v, visible)
-
-    def prompt(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        """Causal attention of the prompts to themselves, ``[batch, places, kv_heads, rep, dim]``, a block of queries at a time."""
+        query_at = torch.arange(q.shape[1], device=q.device)[None, :, None] + past_length[:, None, None]
         if torch.compiler.is_exporting() or q.shape[1] <= QUERY_BLOCK:
-            return _normalise(_Partial(*(self.rows(part) for part in self.causal(q, k, v))), sinks)
+            return self._partial(q, k, v, self._behind(query_at, key_at))
         blocks = []
         for start in range(0, q.shape[1], QUERY_BLOCK):
             end = min(start + QUERY_BLOCK, q.shape[1])
-            partial = self.causal(q[:, start:end], k[:, :end], v[:, :end], start)
-            blocks.append(_normalise(_Partial(*(self.rows(part) for part in partial)), sinks))
-        return torch.cat(blocks, dim=1)
+            keys = slice(0, end if no_past else None)
+            visible = self._behind(query_at[:, start:end], key_at[:, :, keys])
+            blocks.append(self._partial(q[:, start:end], k[:, keys], v[:, keys], visible))
+        return _Partial(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
 
-    def rows(self, part: Tensor) -> Tensor:
+    def prefix(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor) -> _Partial:
+        """Candidates' tokens at ``positions`` [batch, queries] over their prompt's keys, ``lengths`` [batch] of them real."""
+        key_at = torch.arange(k.shape[1], device=q.device)
+        real = key_at[None, :] < lengths[:, None]
+        if self.window is None and self.softcap is None:
+            # Which keys are real does not depend on the query: one more component of the product says it, without another
+            # pass over the scores.
+            hidden = torch.where(real, 0.0, _MASKED).to(q.dtype)[:, :, None, None].expand(-1, -1, k.shape[2], 1)
+            return self._partial(torch.cat([q, torch.ones_like(q[..., :1])], dim=-1), torch.cat([k, hidden], dim=-1), v, None)
+        visible = real[:, None, :]
+        if self.window is not None:
+            visible = visible & (key_at[None, None, :] > positions[:, :, None] - self.window)
+        return self._partial(q, k, v, visible)
+
+    def _behind(self, query_at: Tensor, key_at: Tensor) -> Tensor:
+        visible = key_at <= query_at
+        return visible if self.window is None else visible & (key_at > query_at - self.window)
+
+    def _partial(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> _Partial:
+        """``visible`` is ``[batch or 1, queries, keys]``; the result ``[batch, queries, kv_heads, rep, ...]``."""
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [batch, kv_heads, rep * queries, dim]
+        k, v = k.permute(0, 2, 3, 1), v.transpose(1, 2)  # [batch, kv_heads, dim, keys], [batch, kv_heads, keys, dim]
+        scores = (q @ k).to(torch.float32)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if visible is not None:
+            hidden = torch.where(visible, 0.0, _MASKED)[:, None, None]
+            batch, heads, _, keys = scores.shape
+            scores = (scores.view(batch, heads, self.rep, -1, keys) + hidden).flatten(2, 3)
+        weights = torch.softmax(scores, dim=-1)
+        # The largest weight is 1 / sum(exp(score - top)): the log-sum-exp without another pass of exponentials.
+        lse = scores.amax(dim=-1, keepdim=True) - torch.log(weights.amax(dim=-1, keepdim=True))
+        return _Partial(self._rows((weights.to(v.dtype) @ v).to(torch.float32)), self._rows(lse))
+
+    def _rows(self, part: Tensor) -> Tensor:
         """``[batch, kv_heads, rep * queries, d]`` -> ``[batch, queries, kv_heads, rep, d]``."""
         batch, heads, _, width = part.shape
         return part.view(batch, heads, self.rep, -1, width).permute(0, 3, 1, 2, 4)
 
-    def _partial(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> _Partial:
-        """``visible`` is ``[batch or 1, queries, keys]``."""
-        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [batch, kv_heads, rep * queries, dim]
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [batch, kv_heads, keys, dim]
-        scores = (q @ k.transpose(2, 3)).to(torch.float32) * self.scale
-        if self.softcap is not None:
-            scores = torch.tanh(scores / self.softcap) * self.softcap
-        hidden = torch.where(visible, 0.0, _MASKED)[:, None, None]
-        batch, heads, _, keys = scores.shape
-        scores = (scores.view(batch, heads, self.rep, -1, keys) + hidden).flatten(2, 3)
-        top = scores.amax(dim=-1, keepdim=True).detach()
-        weights = torch.exp(scores - top)
-        return _Partial((weights.to(v.dtype) @ v).to(torch.float32), top, weights.sum(dim=-1, keepdim=True))
 
-
-def _merge(a: _Partial, b: _Partial) -> _Partial:
+def _merged(a: _Partial, b: _Partial) -> _Partial:
     """Two partial results over disjoint keys as one over both."""
-    top = torch.maximum(a.top, b.top)
-    a_weight, b_weight = torch.exp(a.top - top), torch.exp(b.top - top)
-    return _Partial(a.weighted * a_weight + b.weighted * b_weight, top, a.total * a_weight + b.total * b_weight)
+    share = torch.sigmoid(a.lse - b.lse)
+    return _Partial(b.out + share * (a.out - b.out), torch.logaddexp(a.lse, b.lse))
 
 
-def _normalise(partial: _Partial, sinks: Tensor | None) -> Tensor:
-    """``[..., kv_heads, rep, dim]``; ``sinks`` ``[kv_heads, rep]`` take part in the denominator only."""
-    if sinks is None:
-        return partial.weighted / partial.total
-    logits = sinks[..., None]
-    top = torch.maximum(partial.top, logits).detach()
-    weight = torch.exp(partial.top - top)
-    return partial.weighted * weight / (partial.total * weight + torch.exp(logits - top))
+def _with_sinks(part: _Partial, sinks: Tensor | None) -> Tensor:
+    """``[tokens, kv_heads, rep, dim]``; ``sinks`` ``[kv_heads, rep, 1]`` take part in the denominator only."""
+    return part.out if sinks is None else part.out * torch.sigmoid(part.lse - sinks)

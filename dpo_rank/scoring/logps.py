@@ -90,22 +90,32 @@ class TokenLogProbs(nn.Module):
         hidden = self.hidden(layout) if self.packed else self._expanded_hidden(layout)
         return self.head(hidden, layout.targets)
 
-    def hidden(self, layout: Layout[Tensor]) -> Tensor:
+    def continued(self, layout: Layout[Tensor], past: Tensor | None, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` behind tokens that were read before.
+
+        Args:
+            layout: the row.
+            past: keys and values of the tokens before it, ``[Q, layers, 2, kv_heads, head_dim]``.
+            keep: places in the row whose keys and values are wanted, ``[K]``.
+
+        Returns:
+            The log-probs ``[M]``, and keys and values ``[K, layers, 2, kv_heads, head_dim]``.
+
+        """
+        carried = attention.Pass(layout, past, keep)
+        hidden = self.hidden(layout, carried)
+        return self.head(hidden, layout.targets), torch.stack(carried.kept, dim=1)
+
+    def hidden(self, layout: Layout[Tensor], carried: attention.Pass | None = None) -> Tensor:
         """Final hidden states ``[M, width]`` at the places that predict the targets, from the packed row."""
-        counter = attention.CallCounter()
-        output = self._trunk(
-            input_ids=layout.input_ids[None],
-            position_ids=layout.positions[None],
-            use_cache=False,
-            layout=layout,
-            counter=counter,
-        )
-        if counter.calls < self.num_layers:
+        carried = carried or attention.Pass(layout)
+        output = self._trunk(input_ids=layout.input_ids[None], position_ids=layout.positions[None], use_cache=False, packed=carried)
+        if carried.calls < self.num_layers:
             raise ModelError(
-                f"the packed attention ran {counter.calls} times in {self.num_layers} layers: this architecture does not "
+                f"the packed attention ran {carried.calls} times in {self.num_layers} layers: this architecture does not "
                 "take its attention from transformers' registry"
             )
-        return cast("Tensor", output.last_hidden_state[0][layout.source])
+        return cast("Tensor", output.last_hidden_state.squeeze(0).index_select(0, layout.source))
 
     def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probs ``[M]`` of ``targets`` [M] under the model's own head at ``hidden`` [M, width]."""
@@ -122,8 +132,9 @@ class TokenLogProbs(nn.Module):
         return cast("nn.Module", getattr(self.model, trunk_name(self.model)))
 
     def _slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self._head[0](inputs_embeds=hidden[None], use_cache=False).logits[0].to(torch.float32)
-        return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1))
+        # squeeze, not [0]: in an exported graph an index is a copy
+        logits = self._head[0](inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0).to(torch.float32)
+        return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - _log_sum_exp(logits))
 
     def _expanded_hidden(self, layout: Layout[Tensor]) -> Tensor:
         """The same hidden states from the plain padded batch, prompt + candidate a line: the oracle, and the fallback."""
@@ -155,6 +166,14 @@ class TokenLogProbs(nn.Module):
         return False
 
 
+def _log_sum_exp(logits: Tensor) -> Tensor:
+    """``[M]`` of ``logits`` [M, vocabulary]."""
+    if not torch.compiler.is_exporting():
+        return torch.logsumexp(logits, dim=1)
+    # Runtimes have a fast softmax and a slow log-sum-exp. The largest weight is 1 / sum(exp(logit - top)).
+    return logits.amax(dim=1) - torch.log(torch.softmax(logits, dim=1).amax(dim=1))
+
+
 def cannot_pack(model: Any) -> str | None:
     """Why ``model`` cannot read a packed row, as far as its class and config tell; None where nothing speaks against it."""
     config = model.config
@@ -176,6 +195,14 @@ def cannot_pack(model: Any) -> str | None:
     if window and config.model_type not in TESTED_MODEL_TYPES:
         return "its sliding window is not covered by the tests of the packed row"
     return None
+
+
+def key_value_shape(config: Any) -> tuple[int, int, int, int]:
+    """``(layers, 2, kv_heads, head_dim)``: what one token's keys and values take."""
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return int(config.num_hidden_layers), 2, kv_heads, dim
 
 
 def _rope_kinds(config: Any) -> set[str]:
@@ -269,14 +296,15 @@ def to_tensors(layout: Layout[IntArray], device: torch.device | str) -> Layout[T
 def expand(layout: Layout[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]:
     """Undo the packing: every candidate's prompt + inputs, and the span of its places that predict its targets."""
     num_prompt = layout.prompt_slot.shape[0]
-    prompt_ends = torch.cumsum(layout.prompt_length, 0)
+    prompt_lengths = layout.key_length - layout.past_length
+    prompt_ends = torch.cumsum(prompt_lengths, 0)
     sequences: list[Tensor] = []
     spans: list[tuple[int, int]] = []
     source = layout.source.tolist()
     starts = [m for m, place in enumerate(source) if place < num_prompt] + [len(source)]
     for first, last in itertools.pairwise(starts):
         prompt = int(torch.searchsorted(prompt_ends, source[first] + 1))
-        length, end = int(layout.prompt_length[prompt]), int(prompt_ends[prompt])
+        length, end = int(prompt_lengths[prompt]), int(prompt_ends[prompt])
         tokens = layout.input_ids[layout.source[first + 1 : last]]
         sequences.append(torch.cat([layout.input_ids[end - length : end], tokens]))
         spans.append((length - 1, length - 1 + last - first))

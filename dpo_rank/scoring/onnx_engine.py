@@ -1,48 +1,18 @@
-"""The ONNX engine: two graphs of one shape on onnxruntime, without torch."""
+"""Exported graphs on onnxruntime, without torch."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import onnxruntime
 
 from dpo_rank.errors import ArtifactError, UnavailableError
-from dpo_rank.scoring.engine import FloatArray
-from dpo_rank.scoring.pack import IntArray, Layout, Row
+from dpo_rank.scoring.graph_engine import GraphEngine, available_cpus
 
 GPU_PROVIDERS = ("CUDAExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider")
-
-
-def feeds(layout: Layout[IntArray]) -> dict[str, IntArray]:
-    """The inputs of the exported graph, prompt and run tokens apart."""
-    num_prompt = len(layout.prompt_slot)
-    named = layout._asdict()
-    ids, positions = named.pop("input_ids"), named.pop("positions")
-    return {
-        "prompt_ids": ids[:num_prompt],
-        "run_ids": ids[num_prompt:],
-        "prompt_positions": positions[:num_prompt],
-        "run_positions": positions[num_prompt:],
-        **named,
-    }
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use: affinity and, in a container, the cgroup's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(int(quota) / int(period))))
-    except (OSError, ValueError):
-        pass
-    return count
 
 
 def pick_providers(device: str, providers: Sequence[Any] | None) -> list[Any]:
@@ -70,16 +40,14 @@ def pick_providers(device: str, providers: Sequence[Any] | None) -> list[Any]:
     raise UnavailableError(f"device {device!r} is not known to the ONNX engine: use 'cpu', 'cuda' or 'cuda:N'")
 
 
-class OnnxEngine:
-    """A policy and its reference as exported graphs.
+class OnnxEngine(GraphEngine):
+    """A policy and its reference on onnxruntime.
 
     Args:
         directory: holds ``policy.onnx`` and ``reference.onnx`` with their external data.
         precision: name of what they hold, for the caller's eyes.
         threads: of onnxruntime; None: the CPUs that this process may use.
         device, providers: see `pick_providers`.
-
-    In a forked child the sessions are opened anew: onnxruntime's threads do not survive a fork.
 
     """
 
@@ -95,38 +63,33 @@ class OnnxEngine:
         providers: Sequence[Any] | None = None,
     ) -> None:
         self.directory, self.precision = directory, precision
-        self.threads = threads or available_cpus()
         self.providers = pick_providers(device, providers)
-        self._lock = threading.Lock()
-        self._open()
-        first = self._sessions[0].get_providers()[0]
         wanted = self.providers[0][0] if isinstance(self.providers[0], tuple) else self.providers[0]
-        if first != wanted:
-            raise UnavailableError(f"onnxruntime provider {wanted!r} did not start; it fell back to {first}")
-        self.device = "cpu" if first in ("CPUExecutionProvider", "OpenVINOExecutionProvider") else "cuda:0"
+        self.device = "cpu" if wanted in ("CPUExecutionProvider", "OpenVINOExecutionProvider") else "cuda:0"
+        super().__init__(threads or available_cpus(), side_by_side=self.device == "cpu")
 
-    def _open(self) -> None:
-        self._pid = os.getpid()
-        self._sessions = [self._session(self.directory / f"{role}.onnx") for role in ("policy", "reference")]
+    def open_graph(self, role: str, threads: int) -> _Session:
+        """The graph of ``"policy"`` or ``"reference"``, to run with ``threads``."""
+        return _Session(self.directory / f"{role}.onnx", threads, self.providers)
 
-    def _session(self, path: Path) -> Any:
+
+class _Session:
+    def __init__(self, path: Path, threads: int, providers: Sequence[Any]) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=self.providers)
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ArtifactError(f"{path}: onnxruntime cannot load it: {error}") from error
+        first = self._session.get_providers()[0]
+        wanted = providers[0][0] if isinstance(providers[0], tuple) else providers[0]
+        if first != wanted:
+            raise UnavailableError(f"onnxruntime provider {wanted!r} did not start; it fell back to {first}")
 
-    def logps(self, row: Row) -> tuple[FloatArray, FloatArray]:
-        """Log-probs in nats of the row's targets under policy and reference, float32 ``[M]`` each."""
-        if self._pid != os.getpid():
-            with self._lock:
-                if self._pid != os.getpid():
-                    for session in self._sessions:
-                        # Destroying a session joins its threads, which the fork left behind: it would wait for ever.
-                        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-                    self._open()
-        inputs = feeds(row.layout)
-        policy, reference = (np.asarray(session.run(["logps"], inputs)[0], dtype=np.float32) for session in self._sessions)
-        return policy, reference
+    def input_shapes(self) -> Mapping[str, Sequence[Any]]:
+        return {value.name: value.shape for value in self._session.get_inputs()}
+
+    def run(self, outputs: Sequence[str], inputs: Mapping[str, npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+        found: list[npt.NDArray[Any]] = self._session.run(list(outputs), dict(inputs))
+        return found

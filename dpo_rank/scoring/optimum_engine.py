@@ -20,6 +20,7 @@ class OptimumEngine:
     name = "onnx"
     device = "cpu"
     precision = "fp32"
+    takes_past = False
 
     def __init__(self, policy: Path, reference: Path) -> None:
         try:

@@ -8,12 +8,15 @@ A row of ``T`` tokens holds real tokens only::
 Every prompt stands once. A candidate's positions continue from its prompt; its last token is a target and never an
 input, so a candidate of ``n`` tokens takes ``n - 1`` places of its run. Padded views exist for attention alone, as index
 arrays into the row; masks are computed from lengths and positions where they are used.
+
+The keys and values of tokens that were read before (``past``, ``Q`` of them) stand in front of the row's own: the key space
+is ``[ past | row ]``. A group names the past tokens that its prompt begins with, so several groups can share them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,10 +29,23 @@ Array = TypeVar("Array")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One prompt and its candidates as token ids; neither a prompt nor a candidate may be empty."""
+    """One prompt and its candidates as token ids; neither a prompt nor a candidate may be empty.
+
+    Attributes:
+        prompt: the prompt's tokens that are to be read; those that were read before are left out.
+        candidates: the candidates' tokens.
+        past: places in the past of the tokens before ``prompt``, in the order of their positions.
+
+    """
 
     prompt: Sequence[int]
     candidates: Sequence[Sequence[int]]
+    past: Sequence[int] = ()
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens before the candidates."""
+        return len(self.past) + len(self.prompt)
 
 
 class Layout(NamedTuple, Generic[Array]):
@@ -41,7 +57,9 @@ class Layout(NamedTuple, Generic[Array]):
     | positions     | [T]      | position of each token in its own prompt + candidate                |
     | prompt_index  | [G, Pm]  | padded view of the prompts: places in the row                       |
     | prompt_slot   | [P]      | inverse: where each prompt token stands in the flattened view       |
-    | prompt_length | [G]      | tokens of each prompt                                               |
+    | key_index     | [G, Km]  | padded view of each prompt's keys, its past included: [ past , row ]|
+    | key_length    | [G]      | keys of each prompt                                                 |
+    | past_length   | [G]      | how many of them are past                                           |
     | run_index     | [G, Rm]  | padded view of the runs: places among the S candidate tokens        |
     | run_slot      | [S]      | inverse                                                             |
     | own_index     | [B, Cm]  | padded view of the candidates: places among the S candidate tokens  |
@@ -54,7 +72,9 @@ class Layout(NamedTuple, Generic[Array]):
     positions: Array
     prompt_index: Array
     prompt_slot: Array
-    prompt_length: Array
+    key_index: Array
+    key_length: Array
+    past_length: Array
     run_index: Array
     run_slot: Array
     own_index: Array
@@ -84,12 +104,13 @@ class Row:
         return len(self.layout.input_ids)
 
 
-def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | None = None) -> Row:
+def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | None = None, num_past: int = 0) -> Row:
     """Pack ``groups`` into one row.
 
     Args:
         groups: prompts with their candidates, at least one of each.
         owners: where each candidate's result belongs; by default its place in ``groups``.
+        num_past: tokens whose keys and values stand before the row's.
 
     """
     inputs = [[list(candidate[:-1]) for candidate in group.candidates] for group in groups]
@@ -102,12 +123,14 @@ def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | 
     own_lengths = [len(tokens) for run in inputs for tokens in run]
     num_prompt_tokens = sum(prompt_lengths)
 
-    positions, source = [np.arange(n) for n in prompt_lengths], []
+    past_lengths = [len(group.past) for group in groups]
+
+    positions, source = [len(group.past) + np.arange(len(group.prompt)) for group in groups], []
     prompt_end, place = 0, num_prompt_tokens
     for group, run in zip(groups, inputs, strict=True):
         prompt_end += len(group.prompt)
         for candidate, tokens in zip(group.candidates, run, strict=True):
-            positions.append(len(group.prompt) + np.arange(len(tokens)))
+            positions.append(group.num_keys + np.arange(len(tokens)))
             source.append(np.array([prompt_end - 1]))
             source.append(place + np.arange(len(candidate) - 1))
             place += len(tokens)
@@ -115,6 +138,16 @@ def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | 
     prompt_index, prompt_slot = _padded_view(prompt_lengths)
     run_index, run_slot = _padded_view(run_lengths)
     own_index, own_slot = _padded_view([n for n in own_lengths if n])
+    key_lengths = [group.num_keys for group in groups]
+    key_places, _ = _padded_view(key_lengths)
+    prompt_ends = np.cumsum(prompt_lengths)
+    keys = np.concatenate(
+        [
+            part
+            for group, end in zip(groups, prompt_ends, strict=True)
+            for part in (np.array(group.past, dtype=np.int64), num_past + np.arange(end - len(group.prompt), end))
+        ]
+    )
     layout = Layout(
         input_ids=np.array(
             [token for group in groups for token in group.prompt] + [token for run in inputs for tokens in run for token in tokens],
@@ -123,7 +156,9 @@ def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | 
         positions=np.concatenate(positions).astype(np.int64),
         prompt_index=prompt_index,
         prompt_slot=prompt_slot,
-        prompt_length=np.array(prompt_lengths, dtype=np.int64),
+        key_index=keys[key_places],
+        key_length=np.array(key_lengths, dtype=np.int64),
+        past_length=np.array(past_lengths, dtype=np.int64),
         run_index=run_index,
         run_slot=run_slot,
         own_index=own_index,
@@ -151,52 +186,129 @@ def _padded_view(lengths: Sequence[int]) -> tuple[IntArray, IntArray]:
 
 
 DEFAULT_TOKEN_BUDGET = 4096
+_AREA = 1024
+"""Padded places of the attention's score matrix that a token of the budget stands for."""
+_WASTE, _FULL_ENOUGH = 256, 512
+"""A row of `_FULL_ENOUGH` tokens is not widened where that pads more than `_WASTE` places a token."""
+
+
+@dataclass(slots=True)
+class _Size:
+    """What a row takes, kept up to date while candidates are put into it."""
+
+    prompt_max: int = 0
+    key_max: int = 0
+    run_max: int = 0
+    own_max: int = 0
+    groups: int = 0
+    owns: int = 0
+    prompt_tokens: int = 0
+    run_tokens: int = 0
+    real_area: int = 0
+
+    def with_group(self, group: Group) -> _Size:
+        prompt = len(group.prompt)
+        return replace(
+            self,
+            prompt_max=max(self.prompt_max, prompt),
+            key_max=max(self.key_max, group.num_keys),
+            groups=self.groups + 1,
+            prompt_tokens=self.prompt_tokens + prompt,
+            real_area=self.real_area + prompt * group.num_keys,
+        )
+
+    def with_candidate(self, group: Group, run: int, length: int) -> _Size:
+        """``run`` tokens of the group's candidates stand in the row already."""
+        return replace(
+            self,
+            run_max=max(self.run_max, run + length),
+            own_max=max(self.own_max, length),
+            owns=self.owns + 1,
+            run_tokens=self.run_tokens + length,
+            real_area=self.real_area + length * (group.num_keys + length),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the row."""
+        return self.prompt_tokens + max(1, self.run_tokens)
+
+    @property
+    def area(self) -> int:
+        """Places of the padded score matrices."""
+        return self.groups * (self.prompt_max + self.run_max) * self.key_max + self.owns * self.own_max**2
+
+    def within(self, token_budget: int) -> bool:
+        """Whether a row may be so large."""
+        return self.tokens <= token_budget and self.area <= token_budget * _AREA
+
+    @property
+    def wasteful(self) -> bool:
+        return self.tokens > _FULL_ENOUGH and self.area - self.real_area > _WASTE * self.tokens
+
+
+Plan = tuple[list[Group], list[list[tuple[int, int]]]]
+"""The first two arguments of `pack`."""
 
 
 def rows(groups: Sequence[Group], token_budget: int = DEFAULT_TOKEN_BUDGET) -> Iterator[Row]:
+    """The rows of `plan`, packed."""
+    return (pack(members, owners) for members, owners in plan(groups, token_budget))
+
+
+def plan(groups: Sequence[Group], token_budget: int = DEFAULT_TOKEN_BUDGET) -> Iterator[Plan]:
     """Cut ``groups`` into rows that stay within ``token_budget``, each prompt's candidates together where they fit.
 
-    The budget bounds a row's tokens and, at 1,024 keys a token, the area of its padded attention views, so that peak memory
+    The budget bounds a row's tokens and, at 1,024 places a token, the area of its padded attention views, so that peak memory
     depends on it and not on the number of candidates. A prompt whose candidates do not fit one row stands in several; one
-    candidate alone may exceed the budget. Prompts of like length share a row.
+    candidate alone may exceed the budget. Prompts and candidates of like length share a row.
     """
-    area_budget = token_budget * 1024
     members: list[Group] = []
     owners: list[list[tuple[int, int]]] = []
-    for g in sorted(range(len(groups)), key=lambda g: len(groups[g].prompt)):
+    size = _Size()
+    for g in sorted(range(len(groups)), key=lambda g: groups[g].num_keys):
         group = groups[g]
         # Candidates of like length share a row: their padded views waste less, and order does not matter to a score.
         pending = sorted(range(len(group.candidates)), key=lambda c: len(group.candidates[c]))
         while pending:
-            taken = _fitting(members, group, pending, token_budget, area_budget)
-            if not taken and members:
-                yield pack(members, owners)
-                members, owners = [], []
+            taken, larger = _fitting(size, group, pending, token_budget, bool(members))
+            if not taken:
+                yield members, owners
+                members, owners, size = [], [], _Size()
                 continue
-            taken = max(taken, 1)
-            members.append(Group(group.prompt, [group.candidates[c] for c in pending[:taken]]))
+            members.append(replace(group, candidates=[group.candidates[c] for c in pending[:taken]]))
             owners.append([(g, c) for c in pending[:taken]])
-            pending = pending[taken:]
+            pending, size = pending[taken:], larger
     if members:
-        yield pack(members, owners)
+        yield members, owners
 
 
-def _fitting(members: list[Group], group: Group, pending: list[int], token_budget: int, area_budget: int) -> int:
-    """How many of ``pending`` (shortest first) fit beside ``members``."""
-    prompt_max = max([len(m.prompt) for m in members] + [len(group.prompt)])
-    prompt_tokens = sum(len(m.prompt) for m in members) + len(group.prompt)
-    run_max = max((sum(len(c) - 1 for c in m.candidates) for m in members), default=0)
-    run_tokens = sum(sum(len(c) - 1 for c in m.candidates) for m in members)
-    count = sum(len(m.candidates) for m in members)
-    own_max = max((len(c) for m in members for c in m.candidates), default=0)
-    run, taken = 0, 0
-    for c in pending:
-        length = len(group.candidates[c])
-        run += length - 1
-        own_max = max(own_max, length)
-        area = (len(members) + 1) * prompt_max * (prompt_max + max(run_max, run)) + (count + taken + 1) * own_max**2
-        alone = not members and not taken
-        if not alone and (prompt_tokens + max(1, run_tokens + run) > token_budget or area > area_budget):
-            break
-        taken += 1
-    return taken
+def _fitting(size: _Size, group: Group, pending: Sequence[int], token_budget: int, optional: bool) -> tuple[int, _Size]:
+    """How many of ``pending`` (shortest first) fit, and what the row takes then; where it is not ``optional``, at least one."""
+    size = size.with_group(group)
+    run = 0
+    for taken, c in enumerate(pending):
+        length = len(group.candidates[c]) - 1
+        larger = size.with_candidate(group, run, length)
+        if (optional or taken) and (not larger.within(token_budget) or larger.wasteful):
+            return taken, size
+        size, run = larger, run + length
+    return len(pending), size
+
+
+def fits_one_row(group: Group, token_budget: int) -> bool:
+    """Whether ``group`` takes a single row of its own."""
+    order = sorted(range(len(group.candidates)), key=lambda c: len(group.candidates[c]))
+    taken, size = _fitting(_Size(), group, order, token_budget, optional=False)
+    return taken == len(order) and size.within(token_budget)
+
+
+def pieces(num_tokens: int, token_budget: int, num_past: int = 0) -> Iterator[slice]:
+    """Cut a long prompt into pieces, each of which is read behind those before it within ``token_budget``."""
+    start = 0
+    while start < num_tokens:
+        size = min(num_tokens - start, token_budget)
+        while size > 1 and size * (num_past + start + size) > token_budget * _AREA:
+            size = (size + 1) // 2
+        yield slice(start, start + size)
+        start += size

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpo_rank.errors import ModelError, UnavailableError
-from dpo_rank.scoring.engine import FloatArray
+from dpo_rank.scoring.engine import FloatArray, KeyValues
 from dpo_rank.scoring.logps import TokenLogProbs, to_tensors, view
-from dpo_rank.scoring.pack import Row
+from dpo_rank.scoring.pack import IntArray, Row
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -40,12 +42,33 @@ class TorchEngine:
         self.device = str(policy.device)
         self.precision = PRECISIONS.get(policy.dtype, str(policy.dtype))
 
+    @property
+    def takes_past(self) -> bool:
+        """Whether both models read packed rows."""
+        return self.policy.packed and self.reference.packed
+
     def logps(self, row: Row) -> tuple[FloatArray, FloatArray]:
         """Log-probs in nats of the row's targets under policy and reference, float32 ``[M]`` each."""
         with torch.inference_mode():
             layout = to_tensors(row.layout, self.device)
             policy, reference = self.policy(layout), self.reference(layout)
         return policy.cpu().numpy(), reference.cpu().numpy()
+
+    def memory(self, capacity: int) -> KeyValues:
+        """Tensors in the models' own precision, on their device."""
+        return KeyValues(functools.partial(torch.empty, dtype=self.policy.model.dtype, device=self.device), capacity)
+
+    def continued(self, row: Row, past: KeyValues, keep: IntArray | None = None) -> tuple[FloatArray, FloatArray]:
+        """`logps` of a row behind ``past``; the keys and values of the row's places ``keep`` are appended to ``past``."""
+        with torch.inference_mode():
+            layout = to_tensors(row.layout, self.device)
+            kept_places = torch.from_numpy(np.zeros(0, dtype=np.int64) if keep is None else keep).to(self.device)
+            before = past.arrays if len(past) else (None, None)
+            found = [model.continued(layout, part, kept_places) for model, part in zip((self.policy, self.reference), before, strict=True)]
+        if keep is not None:
+            past.append([kept for _, kept in found])
+        policy, reference = (logps.cpu().numpy() for logps, _ in found)
+        return policy, reference
 
 
 def plain_models(policy: Any, reference: Any | None) -> tuple[Any, Any]:

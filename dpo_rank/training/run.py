@@ -164,7 +164,9 @@ def finish(
 
     """
     # Training ends in an artifact that is measured as its users will run it, so it calls export and evaluation.
-    from dpo_rank.evaluation.agreement import held_out_table
+    from dpo_rank.evaluation.agreement import held_out_table, score_examples
+    from dpo_rank.evaluation.calibration import calibrate
+    from dpo_rank.export.card import model_card
 
     building = config.run_directory(output) / "artifact"
     if config.export:
@@ -184,18 +186,15 @@ def finish(
         )
     else:
         artifacts.save(building, manifest, lambda root: write_models(root, models, encoder), overwrite=True)
-    ranker = Ranker.load(building, engine="onnx" if config.export else "torch")
     say("fitting the temperature and measuring the held-out rows")
-    ranker.calibrate(held)
-    measured = {**ranker.manifest.training, "held_out": held_out_table(ranker, held)}
-    final = replace(ranker.manifest, training=measured)
-    built = artifacts.load(building)
+    ranker = Ranker.load(building, engine="onnx" if config.export else "torch")
+    scores = score_examples(ranker, held)
+    measured = {**ranker.manifest.training, "held_out": held_out_table(held, scores)}
+    final = replace(ranker.manifest, temperature=calibrate(held, scores).temperature, calibrated=True, training=measured)
 
     def write(root: Path) -> None:
-        from dpo_rank.export.card import model_card
-
-        built.copy_files(root, skip=frozenset({"README.md"}))
-        (root / "README.md").write_text(model_card(final, built.manifest.precisions), encoding="utf-8")
+        artifacts.load(building).copy_files(root)
+        (root / "README.md").write_text(model_card(final, final.precisions), encoding="utf-8")
 
     artifacts.save(output, final, write, overwrite=overwrite)
     return measured

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dpo_rank import Ranker, artifact
 from dpo_rank.data.formats import read
-from dpo_rank.evaluation.agreement import held_out_table
+from dpo_rank.evaluation.agreement import held_out_table, score_examples
+from dpo_rank.evaluation.calibration import calibrate
 from dpo_rank.export.card import model_card
 
 WHOLE_PAIRS = "human: harmless"
@@ -38,7 +39,9 @@ def main() -> None:
     args = parser.parse_args()
     held = list(read(args.held_out))
     ranker = Ranker.load(args.ranker, precision="int8")
-    ranker.calibrate(example for example in held if example.raw["subset"] == WHOLE_PAIRS)
+    scores = score_examples(ranker, held)
+    whole = [(example, s) for example, s in zip(held, scores, strict=True) if example.raw["subset"] == WHOLE_PAIRS]
+    temperature = calibrate(*zip(*whole, strict=True)).temperature
     source = artifact.load(args.ranker)
     kept = {name for name in source.manifest.files if name.startswith("onnx/int8/") or name == artifact.TOKENIZER}
     facts = {
@@ -46,11 +49,17 @@ def main() -> None:
         "description": DESCRIPTION,
         "license": "apache-2.0",
         "base_model": "models/starter-base",
-        "rounds": "6123 rows at learning rate 1e-4, then 5013 at 5e-5",
         "temperature_fitted_on": f"{WHOLE_PAIRS} (held out, two whole answers)",
-        "held_out": held_out_table(ranker, held),
+        "held_out": held_out_table(held, scores),
     }
-    final = replace(ranker.manifest, name="starter", training=facts, files={name: source.manifest.files[name] for name in kept})
+    final = replace(
+        source.manifest,
+        name="starter",
+        temperature=temperature,
+        calibrated=True,
+        training=facts,
+        files={name: source.manifest.files[name] for name in kept},
+    )
 
     def write(root: Path) -> None:
         source.copy_files(root, skip=frozenset(source.manifest.files) - kept)

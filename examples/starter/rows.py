@@ -35,6 +35,13 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?\n])\s+", text) if part.strip()]
 
 
+def ended(rng: random.Random, text: str, answer: str) -> str:
+    """``text`` with the final punctuation of ``answer``, three times in four: damage must not be told by the last character alone."""
+    end = re.search(r"[.!?]+$", answer)
+    text = text.rstrip(" .!?,;:\n")
+    return text + end.group() if end and rng.random() < 0.75 else text
+
+
 def cut_off(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
     """The worse answer stops inside a word or sentence; half of the time it is the longer one all the same."""
     parts = sentences(answer)
@@ -61,7 +68,7 @@ def looping(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[s
     looped = words[:start]
     while len(looped) < total:
         looped += phrase
-    return answer, " ".join(looped)
+    return answer, ended(rng, " ".join(looped), answer)
 
 
 def off_topic(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
@@ -70,14 +77,18 @@ def off_topic(rng: random.Random, prompt: str, answer: str, other: str) -> tuple
 
 
 def shuffled(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
-    """The worse answer has the same words in another order."""
-    words = answer.split()
-    if len(words) < 6:
+    """The worse answer has the same words in another order, often with a capital in front and a full stop at the end."""
+    words = [word.rstrip(".!?") if rng.random() < 0.8 else word for word in answer.split()]
+    if len(words) < 5:
         return None
-    size = rng.choice((1, 1, 2, 3))
+    size = rng.choice((1, 1, 2, 3)) if len(words) >= 9 else 1
     chunks = [words[i : i + size] for i in range(0, len(words), size)]
     rng.shuffle(chunks)
-    return answer, " ".join(word for chunk in chunks for word in chunk)
+    mixed = " ".join(word for chunk in chunks for word in chunk)
+    if rng.random() < 0.75:
+        first, *rest = mixed.lower().split(" ") if len(words) < 40 else mixed.split(" ")
+        mixed = " ".join([first.capitalize(), *rest])
+    return answer, ended(rng, mixed, answer)
 
 
 def echoed(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
@@ -99,11 +110,11 @@ def refused(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[s
 
 def garbled(rng: random.Random, prompt: str, answer: str, other: str) -> tuple[str, str] | None:
     """The worse answer has many of its characters exchanged."""
-    characters = list(answer)
+    characters = list(answer[:-1])
     places = rng.sample(range(len(characters)), max(3, int(len(characters) * rng.uniform(0.1, 0.4))))
     for place in places:
         characters[place] = chr(rng.randrange(33, 127)) if rng.random() < 0.7 else rng.choice("�□ßø¿§")
-    return answer, "".join(characters)
+    return answer, "".join(characters) + answer[-1]
 
 
 DAMAGE: dict[str, Callable[[random.Random, str, str, str], tuple[str, str] | None]] = {
@@ -116,10 +127,10 @@ DAMAGE: dict[str, Callable[[random.Random, str, str, str], tuple[str, str] | Non
     "garbled": garbled,
 }
 WEIGHTS = {
-    "cut off": 5,
+    "cut off": 4,
     "looping": 2,
-    "answer to another prompt": 5,
-    "shuffled": 1,
+    "answer to another prompt": 7,
+    "shuffled": 3,
     "prompt echoed": 2,
     "needless refusal": 2,
     "garbled": 1,
@@ -143,12 +154,13 @@ def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int, short
     made = 0
     while made < count:
         kind = kinds[made % len(kinds)] if held else rng.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
-        prompt, answer = rng.choice(general if rng.random() < 0.75 else whole)
+        source = general if rng.random() < 0.75 else whole
+        prompt, answer = rng.choice(source)
         if rng.random() < short:  # whole all the same: its first sentences
             answer = " ".join(sentences(answer)[: rng.choice((1, 1, 2, 3))])
             if len(answer) < 20:
                 continue
-        near = sorted(rng.sample(whole, min(40, len(whole))), key=lambda pair: abs(len(pair[1]) - len(answer)))
+        near = sorted(rng.sample(source, min(40, len(source))), key=lambda pair: abs(len(pair[1]) - len(answer)))
         other = next(text for question, text in near if question != prompt)
         if len(other) > 1.5 * len(answer):
             other = " ".join(sentences(other)[: max(1, len(sentences(answer)))])
@@ -169,7 +181,7 @@ def over_passages(rows: dict[str, list[Row]], held: bool, seed: int) -> Iterator
     ]
     for row, answer in right:
         others = sorted((abs(len(text) - len(answer)), rng.random(), text) for _, text in right if text != answer)
-        for _, _, other in others[:2]:
+        for _, _, other in others[: 2 if held else 4]:
             passages = [{"text": passage["text"]} for passage in row["passages"]]
             yield {"prompt": row["prompt"], "passages": passages, "chosen": answer, "rejected": other, "subset": "answer over passages"}
 
@@ -184,10 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=None, help="folder of the jsonl.gz files, or 'hub' for the public datasets")
     parser.add_argument("--output", type=Path, default=Path("runs/starter"))
-    parser.add_argument("--damaged", type=int, default=3600)
+    parser.add_argument("--damaged", type=int, default=9000)
     parser.add_argument("--held-out-damaged", type=int, default=420)
-    parser.add_argument("--short", type=float, default=0.0, help="share of the whole answers that are their first sentences")
-    parser.add_argument("--human", type=float, default=1.0, help="share of the human training pairs to take")
+    parser.add_argument("--short", type=float, default=0.45, help="share of the whole answers that are their first sentences")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     source = load(args.data)
@@ -195,7 +206,8 @@ def main() -> None:
     for name, held, count in (("train", False, args.damaged), ("held_out", True, args.held_out_damaged)):
         made = [*damaged(source, count, held, args.seed, args.short), *over_passages(source, held, args.seed)]
         rng = random.Random(args.seed)
-        made += [row for row in human(source, held) if held or rng.random() < args.human]
+        made += human(source, held)
+        rng.shuffle(made)
         with (args.output / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
         print(f"{name}: {len(made)} rows")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_rank import DataError
+from dpo_rank.data.formats import parse
 from dpo_rank.evaluation.calibration import MAX_TEMPERATURE, MIN_TEMPERATURE, calibrate, fit_temperature, nll
 
 
@@ -30,11 +31,22 @@ def test_the_ends():
         fit_temperature(np.array([]))
 
 
+def rows(*margins_of_a_prompt):
+    """One row a prompt: a preferred candidate and, for each margin, one that scores so much lower."""
+    for margins in margins_of_a_prompt:
+        row = {"prompt": "x", "completions": ["a", *("b" for _ in margins)], "scores": [1, *(0 for _ in margins)]}
+        yield parse(row), np.array([0.0, *(-m for m in margins)], dtype=np.float32)
+
+
+def fitted(*margins_of_a_prompt):
+    examples, scores = zip(*rows(*margins_of_a_prompt), strict=True)
+    return calibrate(examples, scores)
+
+
 def test_every_prompt_weighs_the_same():
-    many = [np.array([1.0] * 50), np.array([-0.5]), np.array([0.7]), np.array([])]
-    report = calibrate(many, 1.0)
+    report = fitted([1.0] * 50, [-0.5], [0.7], [])
     assert report.num_prompts == 3
     assert report.num_pairs == 52
     assert report.agreement == pytest.approx(2 / 3)
-    assert report.temperature == pytest.approx(calibrate([np.array([1.0]), np.array([-0.5]), np.array([0.7])], 1.0).temperature)
+    assert report.temperature == pytest.approx(fitted([1.0], [-0.5], [0.7]).temperature)
     assert report.nll_after <= report.nll_before

@@ -7,7 +7,7 @@ import torch
 from dpo_rank.errors import ModelError
 from dpo_rank.scoring.engine import score
 from dpo_rank.scoring.logps import TokenLogProbs, cannot_pack, to_tensors
-from dpo_rank.scoring.pack import Group, pack
+from dpo_rank.scoring.pack import Group, pack, pieces
 from dpo_rank.scoring.torch_engine import TorchEngine
 from tests.models import CONFIGS, FALLBACK, PACKED, VOCABULARY, tiny
 
@@ -102,6 +102,28 @@ def test_rewards_do_not_depend_on_order_or_batch(name, form):
         flat = [together[g, c] for g, group in enumerate(groups) for c in range(len(group.candidates))]
         for one, many, length in zip(alone, flat, lengths, strict=True):
             assert abs(one - many) <= beta * 1e-5 * (length if form == "sum" else 1)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_a_prompt_read_in_pieces_before_its_candidates(name):
+    model = tiny(name)
+    engine = TorchEngine(model, model)
+    assert engine.takes_past
+    rng = np.random.default_rng(3)
+    groups = [Group(tokens(rng, 23), [tokens(rng, n) for n in (6, 1, 9, 3)]), Group(tokens(rng, 1), [tokens(rng, 4), tokens(rng, 5)])]
+    with torch.no_grad():
+        expected = plain_logps(model, groups)
+    for budget in (1, 4, 11, 30):
+        got = np.concatenate([item.policy for items in score(engine, groups, budget) for item in items])
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_prompt_longer_than_the_score_matrix_may_be_is_cut_smaller(monkeypatch):
+    monkeypatch.setattr("dpo_rank.scoring.pack._AREA", 2)
+    parts = list(pieces(100, 32))
+    assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
+    assert parts[-1].stop == 100
+    assert all((part.stop - part.start) * part.stop <= 64 or part.stop - part.start == 1 for part in parts)
 
 
 def test_a_long_prompt_in_blocks_of_queries(monkeypatch):

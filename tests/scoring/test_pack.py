@@ -1,5 +1,7 @@
 """The packed row: every index leads back to the token it stands for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -66,6 +68,25 @@ def test_rows_hold_every_candidate_once_within_the_budget(groups, budget):
             assert row.layout.targets[start : start + length].tolist() == list(groups[g].candidates[c])
             start += length
     assert sorted(seen) == [(g, c) for g, group in enumerate(groups) for c in range(len(group.candidates))]
+
+
+@given(groups_strategy, st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_keys_are_the_past_and_the_prompt(groups, num_past):
+    groups = [replace(group, past=range(n % (num_past + 1))) for n, group in enumerate(groups)]
+    layout = pack(groups, num_past=num_past).layout
+    space = [("past", n) for n in range(num_past)] + list(layout.input_ids)
+    for g, group in enumerate(groups):
+        keys = [space[place] for place in layout.key_index[g, : layout.key_length[g]]]
+        assert keys == [("past", n) for n in group.past] + list(group.prompt)
+        assert layout.past_length[g] == len(group.past)
+        assert layout.positions[layout.prompt_index[g, 0]] == len(group.past)
+
+
+def test_lengths_far_apart_do_not_share_a_row():
+    short, long = [[1] * 40] * 40, [[1] * 900] * 4
+    found = [sorted(row.lengths) for row in rows([Group([5], short + long)], 8192)]
+    assert found == [[40] * 40, [900] * 4]
 
 
 def test_a_hand_made_row():
