@@ -130,7 +130,7 @@ def trace(model: Any) -> ir.Model:
             )
             exported = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=20)
     except Exception as error:  # the exporter raises many kinds of its own
-        raise ModelError(f"{name} cannot be exported: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{name} cannot be exported: {_first_cause(error)}. Ranker.from_models scores it with torch") from error
     assert exported is not None
     graph = exported.model
     for value, axis_names in zip(graph.graph.inputs, _AXES.values(), strict=True):
@@ -146,6 +146,13 @@ def trace(model: Any) -> ir.Model:
     common.CommonSubexpressionEliminationPass()(graph)
     common.RemoveUnusedNodesPass()(graph)
     return graph
+
+
+def _first_cause(error: BaseException) -> str:
+    """One line of the error that the exporter wrapped in its own: that one names the operator."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
