@@ -40,14 +40,8 @@ def padded(shape: str, cache: Path, dtype: str) -> Score:
     def score(prompt: list[int], candidates: list[list[int]]) -> list[float]:
         vocabulary, weights = models[0].config.vocab_size, 2 * models[0].get_memory_footprint()
         copies = 12 if dtype == "fp32" else 14  # bytes an element: logits, their shifted float32 copy and the log-softmax
-        rewards: list[float] = []
-        size = max(1, int((MEMORY - weights) // ((len(prompt) + max(map(len, candidates))) * vocabulary * copies)))
-        with torch.inference_mode():
-            for start in range(0, len(candidates), size):
-                part = candidates[start : start + size]
-                policy, reference = (logps(model, prompt, part) for model in models)
-                rewards += (policy - reference).tolist()
-        return rewards
+        each = (len(prompt) + max(map(len, candidates))) * vocabulary * copies
+        return _in_batches(models, logps, prompt, candidates, int((MEMORY - weights) // each))
 
     return score
 
@@ -76,14 +70,7 @@ def prompt_cache(shape: str, cache: Path, dtype: str) -> Score:
         weights = 2 * models[0].get_memory_footprint()
         longest = max(map(len, candidates))
         each = longest * settings.vocab_size * 12 + (len(prompt) + longest) * settings.num_hidden_layers * settings.hidden_size * 8
-        size = max(1, int((MEMORY - weights) // each))
-        rewards: list[float] = []
-        with torch.inference_mode():
-            for start in range(0, len(candidates), size):
-                part = candidates[start : start + size]
-                policy, reference = (logps(model, prompt, part) for model in models)
-                rewards += (policy - reference).tolist()
-        return rewards
+        return _in_batches(models, logps, prompt, candidates, int((MEMORY - weights) // each))
 
     return score
 
@@ -183,6 +170,25 @@ def _torch_pair(shape: str, cache: Path, dtype: str) -> list[Any]:
 
     kind = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     return [AutoModelForCausalLM.from_pretrained(path, dtype=kind).eval() for path in pair(shape, cache).values()]
+
+
+def _in_batches(
+    models: Sequence[Any],
+    logps: Callable[[Any, list[int], list[list[int]]], Any],
+    prompt: list[int],
+    candidates: list[list[int]],
+    size: int,
+) -> list[float]:
+    """Differences of the pair's ``logps(model, prompt, part)``, at most ``size`` candidates a part."""
+    import torch
+
+    size = max(1, size)
+    rewards: list[float] = []
+    with torch.inference_mode():
+        for start in range(0, len(candidates), size):
+            policy, reference = (logps(model, prompt, candidates[start : start + size]) for model in models)
+            rewards += (policy - reference).tolist()
+    return rewards
 
 
 def _engine(engine: Any, shape: str, budget: int | None = None) -> Score:

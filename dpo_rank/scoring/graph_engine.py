@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import functools
 import os
@@ -49,7 +50,7 @@ class Graph(Protocol):
         ...
 
 
-class GraphEngine:
+class GraphEngine(abc.ABC):
     """A policy and its reference as exported graphs; a subclass opens them and says ``name``, ``device`` and ``precision``.
 
     With two threads or more the graphs run side by side, each with half of them: less waiting at the end of every small product
@@ -57,7 +58,7 @@ class GraphEngine:
 
     Args:
         threads: of both graphs together.
-        side_by_side: False where the graphs share a device that one of them fills.
+        side_by_side: False where one graph fills the device, or the runtime takes one request at a time.
 
     """
 
@@ -67,9 +68,9 @@ class GraphEngine:
         self._lock = threading.Lock()
         self._start()
 
+    @abc.abstractmethod
     def open_graph(self, role: str, threads: int) -> Graph:
         """The graph of ``"policy"`` or ``"reference"``, to run with ``threads``."""
-        raise NotImplementedError
 
     def _start(self) -> None:
         self._pid = os.getpid()

@@ -25,8 +25,7 @@ def pick_providers(device: str, providers: Sequence[Any] | None) -> list[Any]:
     usable = onnxruntime.get_available_providers()
     if providers is not None:
         for provider in providers:
-            name = provider[0] if isinstance(provider, tuple) else provider
-            if name not in usable:
+            if (name := _name(provider)) not in usable:
                 raise UnavailableError(f"onnxruntime provider {name!r} is not available here; there are {', '.join(usable)}")
         return list(providers)
     on_gpu = [name for name in GPU_PROVIDERS if name in usable]
@@ -38,6 +37,11 @@ def pick_providers(device: str, providers: Sequence[Any] | None) -> list[Any]:
         options = {"device_id": int(device.partition(":")[2] or 0)}
         return [(on_gpu[0], options), "CPUExecutionProvider"]
     raise UnavailableError(f"device {device!r} is not known to the ONNX engine: use 'cpu', 'cuda' or 'cuda:N'")
+
+
+def _name(provider: Any) -> str:
+    """Of a provider given as its name, or as name and options."""
+    return str(provider[0] if isinstance(provider, tuple) else provider)
 
 
 class OnnxEngine(GraphEngine):
@@ -64,8 +68,7 @@ class OnnxEngine(GraphEngine):
     ) -> None:
         self.directory, self.precision = directory, precision
         self.providers = pick_providers(device, providers)
-        wanted = self.providers[0][0] if isinstance(self.providers[0], tuple) else self.providers[0]
-        self.device = "cpu" if wanted in ("CPUExecutionProvider", "OpenVINOExecutionProvider") else "cuda:0"
+        self.device = "cpu" if _name(self.providers[0]) in ("CPUExecutionProvider", "OpenVINOExecutionProvider") else "cuda:0"
         super().__init__(threads or available_cpus(), side_by_side=self.device == "cpu")
 
     def open_graph(self, role: str, threads: int) -> _Session:
@@ -83,7 +86,7 @@ class _Session:
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise ArtifactError(f"{path}: onnxruntime cannot load it: {error}") from error
         first = self._session.get_providers()[0]
-        wanted = providers[0][0] if isinstance(providers[0], tuple) else providers[0]
+        wanted = _name(providers[0])
         if first != wanted:
             raise UnavailableError(f"onnxruntime provider {wanted!r} did not start; it fell back to {first}")
 

@@ -123,8 +123,6 @@ def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | 
     own_lengths = [len(tokens) for run in inputs for tokens in run]
     num_prompt_tokens = sum(prompt_lengths)
 
-    past_lengths = [len(group.past) for group in groups]
-
     positions, source = [len(group.past) + np.arange(len(group.prompt)) for group in groups], []
     prompt_end, place = 0, num_prompt_tokens
     for group, run in zip(groups, inputs, strict=True):
@@ -158,7 +156,7 @@ def pack(groups: Sequence[Group], owners: Sequence[Sequence[tuple[int, int]]] | 
         prompt_slot=prompt_slot,
         key_index=keys[key_places],
         key_length=np.array(key_lengths, dtype=np.int64),
-        past_length=np.array(past_lengths, dtype=np.int64),
+        past_length=np.array([len(group.past) for group in groups], dtype=np.int64),
         run_index=run_index,
         run_slot=run_slot,
         own_index=own_index,
@@ -303,12 +301,12 @@ def fits_one_row(group: Group, token_budget: int) -> bool:
     return taken == len(order) and size.within(token_budget)
 
 
-def pieces(num_tokens: int, token_budget: int, num_past: int = 0) -> Iterator[slice]:
+def pieces(num_tokens: int, token_budget: int) -> Iterator[slice]:
     """Cut a long prompt into pieces, each of which is read behind those before it within ``token_budget``."""
     start = 0
     while start < num_tokens:
         size = min(num_tokens - start, token_budget)
-        while size > 1 and size * (num_past + start + size) > token_budget * _AREA:
+        while size > 1 and size * (start + size) > token_budget * _AREA:
             size = (size + 1) // 2
         yield slice(start, start + size)
         start += size
