@@ -24,7 +24,7 @@ from dpo_rank.loading import locate, open_engine, pair_module, say_what_the_star
 from dpo_rank.ranking import Candidate, Ranking, make_ranking, preference
 from dpo_rank.scoring.encode import Boundary, Encoded, Encoder, Limits, Passage, Prompt, load_tokenizer
 from dpo_rank.scoring.engine import Engine, RewardForm, TokenScores, score
-from dpo_rank.scoring.pack import DEFAULT_TOKEN_BUDGET
+from dpo_rank.scoring.pack import DEFAULT_TOKEN_BUDGET, GPU_TOKEN_BUDGET
 from dpo_rank.scoring.prompt_format import PromptFormat, StringPrompt
 from dpo_rank.session import Session
 
@@ -85,7 +85,8 @@ class Ranker:
         self._engine, self._encoder, self._manifest = engine, encoder, manifest
         self._artifact, self._models, self._reload = artifact, models, reload
         self.temperature, self.calibrated = manifest.temperature, manifest.calibrated
-        self.token_budget = token_budget or max(256, min(DEFAULT_TOKEN_BUDGET, _LOGITS_BUDGET // manifest.vocabulary))
+        default = DEFAULT_TOKEN_BUDGET if engine.device == "cpu" else GPU_TOKEN_BUDGET
+        self.token_budget = token_budget or max(256, min(default, _LOGITS_BUDGET // manifest.vocabulary))
         self._misfit_checked = False
         self._lock = threading.Lock()
 
@@ -118,7 +119,7 @@ class Ranker:
             precision: one that the artifact holds; ``"auto"``: fp32 where it is there.
             threads: of the CPU engine; None: the CPUs that this process may use.
             providers: onnxruntime execution providers by name.
-            token_budget: bounds memory; None: chosen by vocabulary.
+            token_budget: tokens of one packed row at most; bounds memory; None: chosen by device and vocabulary.
 
         Raises:
             ArtifactError: the artifact is missing, damaged or of a newer format.

@@ -197,35 +197,40 @@ def _reads_no_weight(node: ir.Node) -> bool | None:
 
 
 def fold_transposes(graph: ir.Model) -> None:
-    """Store a weight that is only ever read transposed as its transpose; a tied one serves embedding and head as one."""
+    """Store a weight that is only ever read transposed as its transpose; a table that is embedding and head stays as it is."""
     for node in list(graph.graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
         if source is None or not source.is_initializer() or source.shape is None or len(source.shape) != 2:
             continue
         uses = [use.node for use in source.uses()]
-        if any(use.op_type not in ("Transpose", "Gather") for use in uses):
-            continue
-        source.const_value = ir.Tensor(np.ascontiguousarray(source.const_value.numpy().T), name=source.name)  # type: ignore[union-attr]
-        source.shape = ir.Shape(source.const_value.shape)
-        source.metadata_props[TRANSPOSED] = "yes"
-        for use in uses:
-            if use.op_type == "Transpose":
+        if all(use.op_type == "Transpose" for use in uses):
+            source.const_value = ir.Tensor(np.ascontiguousarray(source.const_value.numpy().T), name=source.name)  # type: ignore[union-attr]
+            source.shape = ir.Shape(source.const_value.shape)
+            source.metadata_props[TRANSPOSED] = "yes"
+            for use in uses:
                 use.outputs[0].replace_all_uses_with(source)
                 graph.graph.remove(use, safe=True)
-            else:
-                _gather_columns(graph, use)
+        elif all(use.op_type in ("Transpose", "Gather") for use in uses):
+            for product in [reader.node for reader in node.outputs[0].uses()]:
+                if product.op_type == "MatMul" and product.inputs[1] is node.outputs[0]:
+                    _read_transposed(graph, product, source)
 
 
-def _gather_columns(graph: ir.Model, gather: ir.Node) -> None:
-    """An embedding over a table that is stored transposed: columns instead of rows, ``ids [1, T]`` -> ``[1, T, width]``."""
-    table, ids = gather.inputs
-    columns = ir.node("Gather", [table, ids], {"axis": 1})
-    rows = ir.node("Transpose", columns.outputs, {"perm": [1, 2, 0]})
-    old = gather.outputs[0]
-    rows.outputs[0].type, rows.outputs[0].shape = old.type, old.shape
-    graph.graph.insert_before(gather, [columns, rows])
-    old.replace_all_uses_with(rows.outputs[0])
-    graph.graph.remove(gather, safe=True)
+def _read_transposed(graph: ir.Model, product: ir.Node, table: ir.Value) -> None:
+    """``rows [1, M, width] @ table.T`` as a Gemm, which takes the table as an embedding has it."""
+    rows, old = product.inputs[0], product.outputs[0]
+    if rows is None or rows.shape is None or len(rows.shape) != 3 or rows.shape[0] != 1:
+        return
+    first = ir.Value(name=f"{table.name}_first_axis", shape=ir.Shape([1]), const_value=ir.tensor(np.zeros(1, dtype=np.int64)))
+    first.dtype = ir.DataType.INT64
+    graph.graph.initializers[str(first.name)] = first
+    flat = ir.node("Squeeze", [rows, first])
+    gemm = ir.node("Gemm", [flat.outputs[0], table], {"transB": 1})
+    whole = ir.node("Unsqueeze", [gemm.outputs[0], first])
+    whole.outputs[0].type, whole.outputs[0].shape = old.type, old.shape
+    graph.graph.insert_before(product, [flat, gemm, whole])
+    old.replace_all_uses_with(whole.outputs[0])
+    graph.graph.remove(product, safe=True)
 
 
 def with_weights(graph: ir.Model, model: Any) -> ir.Model:

@@ -43,36 +43,34 @@ class _Quantizer:
             if node.op_type == "MatMul" and _is_matrix(node.inputs[1]):
                 self._replace(node, self._matmul(node, node.inputs[0], node.inputs[1]))
             elif node.op_type == "Gemm" and _is_matrix(node.inputs[1]) and _is_plain_gemm(node):
-                product = self._matmul(node, node.inputs[0], node.inputs[1])
-                self._replace(node, self._add(node, "Add", [product, node.inputs[2]]))
+                product = self._matmul(node, node.inputs[0], node.inputs[1], transposed=_is_transposed(node))
+                self._replace(node, product if len(node.inputs) == 2 else self._add(node, "Add", [product, node.inputs[2]]))
             elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):
                 self._replace(node, self._gather(node))
         for weight in self.weights:
             if not weight.uses():
                 self.graph.initializers.pop(str(weight.name))
 
-    def _matmul(self, before: ir.Node, rows: ir.Value, weight: ir.Value) -> ir.Value:
-        """``rows @ weight`` in u8 x s8; rows that feed several products are quantised once."""
+    def _matmul(self, before: ir.Node, rows: ir.Value, weight: ir.Value, transposed: bool = False) -> ir.Value:
+        """``rows @ weight`` (or its transpose) in u8 x s8; rows that feed several products are quantised once."""
         if rows not in self.rows:
             top = self._add(before, "ReduceMax", [self._add(before, "Abs", [rows]), self.last], {"keepdims": 1})
             top = self._add(before, "Max", [top, self.tiny])
-            unit = self._add(before, "Div", [rows, top])
+            unit = self._add(before, "Mul", [rows, self._add(before, "Reciprocal", [top])])
             self.rows[rows] = self._add(before, "QuantizeLinear", [unit, self.step, self.zero]), top
         quantized, top = self.rows[rows]
-        values, scales = self._quantized(weight, axis=0)
+        values, scales = self._quantized(weight, axis=1 if transposed else 0)
+        if transposed:  # on disk as the embedding has it; a runtime turns a constant once, when it loads
+            values = self._add(before, "Transpose", [values])
         product = self._add(before, "MatMulIntegerToFloat", [quantized, values, self.step, scales, self.zero], domain=MICROSOFT)
         return self._add(before, "Mul", [product, top])
 
     def _gather(self, node: ir.Node) -> ir.Value:
-        """Rows (or, of a transposed table, columns) of an 8-bit table, each times its own scale."""
+        """Rows of an 8-bit table, each times its own scale."""
         table, ids = node.inputs[0], node.inputs[1]
-        assert table is not None
-        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        values, scales = self._quantized(table, axis=1 - axis)
-        found = self._add(node, "Cast", [self._add(node, "Gather", [values, ids], {"axis": axis})], {"to": ir.DataType.FLOAT})
-        scale = self._add(node, "Gather", [scales, ids], {"axis": 0})
-        if axis == 0:
-            scale = self._add(node, "Unsqueeze", [scale, self.last])
+        values, scales = self._quantized(table, axis=1)
+        found = self._add(node, "Cast", [self._add(node, "Gather", [values, ids], {"axis": 0})], {"to": ir.DataType.FLOAT})
+        scale = self._add(node, "Unsqueeze", [self._add(node, "Gather", [scales, ids], {"axis": 0}), self.last])
         return self._add(node, "Mul", [found, scale])
 
     def _quantized(self, weight: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
@@ -119,5 +117,9 @@ def _is_matrix(value: ir.Value | None) -> bool:
 
 
 def _is_plain_gemm(node: ir.Node) -> bool:
-    defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}
-    return len(node.inputs) == 3 and all(node.attributes[name].value == defaults.get(name) for name in node.attributes)
+    defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    return all(node.attributes[name].value == value for name, value in defaults.items() if name in node.attributes)
+
+
+def _is_transposed(gemm: ir.Node) -> bool:
+    return "transB" in gemm.attributes and bool(gemm.attributes["transB"].as_int())
