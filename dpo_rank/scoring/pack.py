@@ -183,7 +183,7 @@ def _padded_view(lengths: Sequence[int]) -> tuple[IntArray, IntArray]:
     return index, np.flatnonzero(inside)
 
 
-DEFAULT_TOKEN_BUDGET = 1024
+DEFAULT_TOKEN_BUDGET = 1536
 """On a CPU larger rows are no faster: the activations of a layer leave the cache."""
 GPU_TOKEN_BUDGET = 4096
 _AREA = 1024
