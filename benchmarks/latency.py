@@ -62,35 +62,39 @@ def name_of(cell: dict[str, Any]) -> str:
     return f"{cell['shape']} {cell['prompt']}x{cell['candidates']} {cell['kind']}"
 
 
-def work(way: str, cell: dict[str, Any]) -> float:
-    """Positions that a way reads, for predicting how long it takes."""
-    prompt = cell["prompt"]
-    if way.startswith(("padded", "optimum")):
-        return sum(len(run) * (prompt + max(run)) for run in cell["lengths"])
-    if way.startswith("cross"):
-        return sum(len(run) * prompt + sum(run) for run in cell["lengths"])
+def work(way: str, prompt: int, run: list[int]) -> float:
+    """Positions that a way reads, for predicting how long a run takes."""
+    if way.startswith(("padded", "optimum", "cross")):
+        return len(run) * (prompt + max(run))
     if way.startswith("prompt cache"):
-        return sum(prompt + len(run) * max(run) for run in cell["lengths"])
-    return sum(prompt + sum(run) for run in cell["lengths"])
+        return prompt + len(run) * max(run)
+    return prompt + sum(run)
 
 
-def predicted(way: str, cell: dict[str, Any], results: dict[str, Any], grid: list[dict[str, Any]]) -> float | None:
-    """Seconds from this way's largest measured cell of the shape."""
+def predicted(way: str, cell: dict[str, Any], results: dict[str, Any], grid: list[dict[str, Any]]) -> list[float] | None:
+    """Seconds of each run, from this way's largest measured run of the shape."""
     measured = [
-        (work(way, other), sum(statistics.median(run["seconds"]) for run in found["runs"]))
+        (work(way, other["prompt"], lengths), statistics.median(run["seconds"]))
         for other in grid
         if other["shape"] == cell["shape"] and "runs" in (found := results.get(name_of(other), {}).get(way, {}))
+        for lengths, run in zip(other["lengths"], found["runs"], strict=True)
     ]
     if not measured:
         return None
     size, seconds = max(measured)
-    return seconds * work(way, cell) / size
+    return [seconds * work(way, cell["prompt"], run) / size for run in cell["lengths"]]
 
 
 def measure(way: str, cell: dict[str, Any], cache: Path, threads: int) -> dict[str, Any]:
     """Run one way in a fresh process."""
     first = cell["prompt"] == 512 and cell["candidates"] == 16
-    request = {**cell, "cache": str(cache), "threads": threads, "repeats": 3 if first else 5, "always": first and cell["kind"] == "equal"}
+    request = {
+        **cell,
+        "cache": str(cache),
+        "threads": threads,
+        "repeats": 5 if cell["kind"] == "equal" else 3,
+        "always": first and cell["kind"] == "equal",
+    }
     done = subprocess.run([sys.executable, str(HERE / "ways.py"), way, json.dumps(request)], capture_output=True, text=True, check=False)
     if done.returncode:
         return {"not_run": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit status {done.returncode}"}
@@ -222,9 +226,8 @@ def main() -> None:
             if way in found and not args.again:
                 continue
             seconds = predicted(way, cell, results, grid)
-            if seconds is not None and seconds > TOO_LONG:
-                each = [seconds * sum(run) / sum(map(sum, cell["lengths"])) for run in cell["lengths"]]
-                found[way] = {"estimated": each}
+            if seconds is not None and max(seconds) > TOO_LONG:
+                found[way] = {"estimated": seconds}
             else:
                 console.print(f"[dim]{name_of(cell)}: {way}[/]")
                 found[way] = measure(way, cell, args.cache, args.threads)

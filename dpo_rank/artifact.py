@@ -28,7 +28,8 @@ MANIFEST = "dpo_rank.json"
 TOKENIZER = "tokenizer.json"
 MAX_MANIFEST_BYTES = 4 * 2**20
 _NO_SELF = "0" * 64
-_FEATURES: frozenset[str] = frozenset()  # names that a manifest's "requires" may hold; this version knows none yet
+_SHARED_TRUNK = "shared_trunk"
+_FEATURES = frozenset({_SHARED_TRUNK})  # names that a manifest's "requires" may hold
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Manifest:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Precisions that have both graphs, in alphabetical order."""
-        found = {PurePosixPath(name).parts[1] for name in self.files if re.fullmatch(r"onnx/[^/]+/policy\.onnx", name)}
+        """Precisions that have graphs, in alphabetical order."""
+        found = {PurePosixPath(name).parts[1] for name in self.files if re.fullmatch(r"onnx/[^/]+/(policy|pair)\.onnx", name)}
         return tuple(sorted(found))
 
     @property
@@ -152,7 +153,7 @@ def manifest_bytes(manifest: Manifest, files: Mapping[str, tuple[int, str]]) -> 
     data = {
         "format_version": FORMAT_VERSION,
         "written_by": f"dpo_rank {__version__}",
-        "requires": [],
+        "requires": [_SHARED_TRUNK] if any(name.endswith("/pair.onnx") for name in files) else [],
         "name": manifest.name,
         "ranks": manifest.ranks,
         "beta": manifest.beta,

@@ -18,11 +18,11 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dpo_rank import tables
 from dpo_rank.errors import DataError, DpoRankError, MissingExtraError
 
 if TYPE_CHECKING:
     from dpo_rank.data.formats import Example, OnError, Problems
-    from dpo_rank.evaluation.agreement import Report
     from dpo_rank.ranker import Ranker
     from dpo_rank.ranking import Ranking
 
@@ -35,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(help="Measure a ranker on rows of your own.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 errors = Console(stderr=True)
 screen = Console()
 
@@ -99,7 +101,7 @@ def rank(
     if as_json:
         _print_json({**ranking.to_dict(), "ranker": loaded.name})
         return
-    screen.print(_ranking_table(ranking, loaded))
+    screen.print(tables.of_ranking(ranking, loaded))
     if ranking.near_tie:
         screen.print("Near tie: the first is barely ahead of the second.", style="yellow")
 
@@ -208,7 +210,7 @@ def train(
     if as_json:
         _print_json({"output": str(result.output), **result.facts})
         return
-    screen.print(_held_out_table(result.facts["held_out"], str(result.output)))
+    screen.print(tables.of_held_out(result.facts["held_out"], str(result.output)))
     screen.print(f"Ranker.load({str(result.output)!r}) or: dpo-rank rank --ranker {result.output} PROMPT ANSWER ANSWER")
 
 
@@ -283,7 +285,7 @@ def evaluate(
     if as_json:
         _print_json({"data": source, "reports": [report.to_dict() for report in reports], "skipped": len(problems)})
         return
-    screen.print(_reports_table(reports, source))
+    screen.print(tables.of_reports(reports, source))
 
 
 @app.command()
@@ -344,6 +346,46 @@ def info(ranker: RankerOption = "starter", as_json: JsonOption = False) -> None:
         screen.print(table)
     for problem in here["problems"]:
         screen.print(f"[yellow]{_escape(problem)}[/]")
+
+
+@bench.command("latency")
+def bench_latency(
+    data: Annotated[str, typer.Option("--data", "-d", help="Rows with prompts and candidates; labels are not needed.")],
+    ranker: RankerOption = "starter",
+    limit: Annotated[int, typer.Option(min=1, help="Read the first so many rows.")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="Rankings of each row; its median counts.")] = 3,
+    engine: Annotated[str, typer.Option(help="Only this engine.")] = "",
+    precision: Annotated[str, typer.Option(help="Only this precision.")] = "",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """How long one prompt takes, with every engine and precision that can run here. Leave the machine otherwise idle."""
+    import itertools
+
+    from dpo_rank.data.formats import read
+    from dpo_rank.evaluation.latency import measure, ways
+    from dpo_rank.ranker import Ranker
+    from dpo_rank.scoring.graph_engine import available_cpus
+
+    examples = list(itertools.islice(read(_source(data)), limit))
+    if not examples:
+        raise DataError(f"{data}: no rows")
+    known = Ranker.load(ranker)
+    which = [way for way in ways(known) if engine in ("", way[0]) and precision in ("", way[1])]
+    if not which:
+        raise DataError(f"{known.name} runs in {', '.join(' '.join(way) for way in ways(known))}; not in {engine} {precision}".rstrip())
+    name = known.name
+    del known
+    reports = []
+    with _progress("measuring", len(which)) as step:
+        for report in measure(lambda e, p: Ranker.load(ranker, engine=e, precision=p, threads=threads), which, examples, repeats):
+            reports.append(report)
+            step(1)
+    count = threads or available_cpus()
+    if as_json:
+        _print_json({"ranker": name, "rows": len(examples), "threads": count, "reports": [report.to_dict() for report in reports]})
+        return
+    screen.print(tables.of_latency(reports, name, len(examples), count))
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
@@ -493,51 +535,6 @@ def _progress(what: str, total: int | None) -> Iterator[Any]:
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _ranking_table(ranking: Ranking, ranker: Ranker) -> Table:
-    table = Table(title=f"ranker: {ranker.name} ({ranker.engine}, {ranker.precision}, {ranker.device})", title_justify="left")
-    for name in ("#", "index", "probability", "score"):
-        table.add_column(name, justify="right")
-    table.add_column("answer", overflow="fold")
-    for place, candidate in enumerate(ranking, 1):
-        mark = " [yellow](cut)[/]" if candidate.truncated else ""
-        table.add_row(
-            str(place), str(candidate.index), f"{candidate.probability:.3f}", f"{candidate.score:.3f}", _escape(candidate.text) + mark
-        )
-    return table
-
-
-def _reports_table(reports: list[Report], source: str) -> Table:
-    first = reports[0]
-    table = Table(title=f"agreement with the labels of {source} (95 % interval over prompts)", title_justify="left")
-    table.add_column("ranker")
-    table.add_column(f"pairs in order (n={first.agreement.num_prompts})", justify="right")
-    if first.best_of_n:
-        table.add_column(f"label of the best of N (n={first.best_of_n.num_prompts})", justify="right")
-    for key, figure in first.slices.items():
-        table.add_column(f"{key} (n={figure.num_prompts})", justify="right")
-    for report in reports:
-        best = [str(report.best_of_n)] if report.best_of_n else []
-        table.add_row(report.name, str(report.agreement), *best, *(f"{report.slices[key].value:.3f}" for key in first.slices))
-    return table
-
-
-def _held_out_table(held_out: dict[str, dict[str, Any]], name: str) -> Table:
-    table = Table(title=f"{name}: held-out agreement", title_justify="left")
-    for column in ("rows", "prompts", "agreement", "95 % interval", "shorter is better", "longer is better"):
-        table.add_column(column, justify="left" if column == "rows" else "right")
-    for key, row in held_out.items():
-        low, high = row["interval"]
-        table.add_row(
-            key,
-            str(row["num_prompts"]),
-            f"{row['agreement']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{row['shortest']:.3f}",
-            f"{row['longest']:.3f}",
-        )
-    return table
 
 
 def _print_json(data: Any) -> None:

@@ -292,6 +292,7 @@ class Ranker:
                 group.truncated,
                 temperature=self.temperature,
                 calibrated=self.calibrated,
+                noise=self.noise,
                 top_k=top_k,
                 prompt_truncated=group.prompt_truncated,
                 dropped_passages=group.dropped_passages,
@@ -461,6 +462,11 @@ class Ranker:
     def precision(self) -> str:
         """In which precision it runs."""
         return self._engine.precision
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a margin in this precision around its fp32 value, as the export measured it; 0 where it did not."""
+        return float(self._manifest.training.get("export", {}).get(self.precision, {}).get("margin_noise", 0.0))
 
     @property
     def beta(self) -> float:

@@ -100,7 +100,8 @@ class Ranking(Sequence[RankedCandidate]):
     Attributes:
         candidates: the ranked candidates (the first ``top_k``).
         calibrated: whether the temperature behind the probabilities was fitted on held-out preferences.
-        near_tie: the best is barely ahead: it beats the runner-up with a probability below `NEAR_TIE`.
+        near_tie: the best is barely ahead: it beats the runner-up with a probability below `NEAR_TIE`, or by a margin within the
+            measured noise of the precision that scored it.
         prompt_truncated: the prompt was too long for the ranker and was cut.
         dropped_passages: indices of passages that did not fit.
 
@@ -175,14 +176,16 @@ def make_ranking(
     *,
     temperature: float,
     calibrated: bool,
+    noise: float = 0.0,
     top_k: int | None = None,
     prompt_truncated: bool = False,
     dropped_passages: tuple[int, ...] = (),
 ) -> Ranking:
-    """Sort ``candidates`` by ``scores`` and wrap them up."""
+    """Sort ``candidates`` by ``scores`` and wrap them up; ``noise`` is a margin's standard deviation from its fp32 value."""
     order = sorted(range(len(candidates)), key=lambda index: -scores[index])
     probabilities = softmax(scores, temperature)
-    near_tie = len(order) > 1 and preference(scores[order[0]] - scores[order[1]], temperature) < NEAR_TIE
+    margin = scores[order[0]] - scores[order[1]] if len(order) > 1 else math.inf
+    near_tie = margin <= noise or preference(margin, temperature) < NEAR_TIE
     ranked = tuple(
         RankedCandidate(
             index=index,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from dpo_rank.errors import DataError
+from dpo_rank.prune import FIRST_PIECE, Partial, forecast, plausible
 from dpo_rank.ranking import Candidate, Ranking, make_ranking
 from dpo_rank.scoring.encode import Passage, Prompt, common_prefix
 from dpo_rank.scoring.engine import ContinuingEngine, Engine, KeyValues, TokenScores, check_finite, read, score, score_behind
@@ -101,17 +102,38 @@ class Session:
         """
         self._change(index, replace(self._unfinished(index).candidate, finished=True))
 
-    def rank(self, top_k: int | None = None) -> Ranking:
-        """The candidates as they stand now, best first, as `Ranker.rank` would rank them."""
-        self._score()
+    def rank(self, top_k: int | None = None, prune: float | None = None) -> Ranking:
+        """The candidates as they stand now, best first, as `Ranker.rank` would rank them.
+
+        Args:
+            top_k: keep the first so many.
+            prune: read a candidate no further once the probability that it is among the first ``top_k`` falls below this (0.01, say),
+                by the spread of the log-ratios seen so far. The first ``top_k`` are read to their end; the probabilities count a
+                dropped candidate by its expected score. None: read all. Not every engine can: one that cannot reads all.
+
+        Raises:
+            DataError: ``prune`` without ``top_k``, or not between 0 and 0.5.
+
+        """
+        if prune is not None:
+            if isinstance(prune, bool) or not isinstance(prune, (int, float)) or not 0 < prune < 0.5:
+                raise DataError(f"prune is a probability between 0 and 0.5, not {prune!r}")
+            if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+                raise DataError("prune needs top_k: how many of the first places are wanted")
         ranker = self._ranker
+        if prune is None or top_k is None or not self._engine.takes_past:
+            self._score([len(entry.ids) for entry in self._entries])
+            rewards = [entry.scores.reward(ranker.beta, ranker.manifest.reward) for entry in self._entries]
+        else:
+            rewards = self._score_plausible(top_k, prune)
         return make_ranking(
             [entry.candidate for entry in self._entries],
-            [entry.scores.reward(ranker.beta, ranker.manifest.reward) for entry in self._entries],
+            rewards,
             [len(entry.ids) for entry in self._entries],
             [entry.truncated for entry in self._entries],
             temperature=ranker.temperature,
             calibrated=ranker.calibrated,
+            noise=ranker.noise,
             top_k=top_k,
             prompt_truncated=self._prompt_truncated,
             dropped_passages=self._dropped_passages,
@@ -141,8 +163,28 @@ class Session:
         new.places = old.places[:same]
         self._entries[index] = new
 
-    def _score(self) -> None:
-        pending = [entry for entry in self._entries if len(entry.scores.policy) < len(entry.ids)]
+    def _score_plausible(self, top_k: int, least: float) -> list[float]:
+        """Read candidates piece by piece and drop the implausible; expected rewards, exact for those that were read to their end."""
+        beta, form = self._ranker.beta, self._ranker.manifest.reward
+        upto = FIRST_PIECE
+        alive = list(range(len(self._entries)))
+        while True:
+            stops = [len(entry.scores.policy) for entry in self._entries]
+            for index in alive:
+                stops[index] = max(stops[index], min(upto, len(self._entries[index].ids)))
+            self._score(stops)
+            partials = [Partial(entry.scores.policy - entry.scores.reference, len(entry.ids)) for entry in self._entries]
+            means, _ = forecast(partials, beta, form)
+            best = sorted(range(len(means)), key=lambda index: -means[index])[:top_k]
+            if all(partials[index].left == 0 for index in best):
+                return means
+            upto *= 2
+            alive = sorted({*best, *plausible(partials, beta, form, min(top_k, len(partials)), least)})
+
+    def _score(self, stops: Sequence[int]) -> None:
+        """Read each candidate as far as the token that ``stops`` says."""
+        stop = {id(entry): end for entry, end in zip(self._entries, stops, strict=True)}
+        pending = [entry for entry in self._entries if len(entry.scores.policy) < stop[id(entry)]]
         if not pending:
             return
         budget = self._ranker.token_budget
@@ -157,10 +199,11 @@ class Session:
         # Candidates of which nothing is known share one group: their runs meet the prompt's keys as one product.
         fresh = [entry for entry in pending if not len(entry.scores.policy)]
         batches = [[entry] for entry in pending if len(entry.scores.policy)] + ([fresh] if fresh else [])
-        groups = [self._group(batch) for batch in batches]
+        groups = [self._group(batch, [stop[id(entry)] for entry in batch]) for batch in batches]
 
         def growing(g: int, c: int) -> bool:
-            return not batches[g][c].candidate.finished
+            entry = batches[g][c]
+            return not entry.candidate.finished or stop[id(entry)] < len(entry.ids)
 
         for (g, c), scores, places in score_behind(continuing, self._memory, groups, budget, growing):
             entry = batches[g][c]
@@ -171,11 +214,11 @@ class Session:
                 np.concatenate([entry.scores.policy, scores.policy]), np.concatenate([entry.scores.reference, scores.reference])
             )
 
-    def _group(self, batch: Sequence[_Entry]) -> Group:
-        """What is left to read of entries that stand at the same place: behind the prompt, or one behind its own tokens."""
+    def _group(self, batch: Sequence[_Entry], stops: Sequence[int]) -> Group:
+        """What is to be read of entries that stand at the same place: behind the prompt, or one behind its own tokens."""
         prompt, known = self._prompt_ids, len(batch[0].scores.policy)
         if not known:
-            return Group(prompt[-1:], [entry.ids for entry in batch], past=range(len(prompt) - 1))
-        [entry] = batch
+            return Group(prompt[-1:], [entry.ids[:stop] for entry, stop in zip(batch, stops, strict=True)], past=range(len(prompt) - 1))
+        [entry], [stop] = batch, stops
         past = [*range(len(prompt)), *entry.places[: known - 1]]
-        return Group(entry.ids[known - 1 : known], [entry.ids[known:]], past=past)
+        return Group(entry.ids[known - 1 : known], [entry.ids[known:stop]], past=past)

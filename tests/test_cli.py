@@ -11,6 +11,7 @@ from dpo_rank.data.synthetic import lists, pairs
 from tests.cases import ANSWERS, PROMPT
 
 pytestmark = pytest.mark.models
+RANKING = ("rank", "score", "evaluate", "calibrate", "bench", "info")
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,8 @@ def cli(tiny_artifact):
     def run(*arguments, stdin="", ranker=tiny_artifact):
         out, err = io.StringIO(), io.StringIO()
         patch = pytest.MonkeyPatch()
-        extra = ["--ranker", str(ranker)] if ranker and arguments[0] in ("rank", "score", "evaluate", "calibrate", "info") else []
-        patch.setattr(sys, "argv", ["dpo-rank", arguments[0], *extra, *map(str, arguments[1:])])
+        extra = ["--ranker", str(ranker)] if ranker and arguments[0] in RANKING else []
+        patch.setattr(sys, "argv", ["dpo-rank", *map(str, arguments), *extra])
         patch.setattr(sys, "stdin", io.StringIO(stdin))
         patch.setattr(module, "errors", Console(file=err, width=300))
         patch.setattr(module, "screen", Console(file=out, width=300))
@@ -151,6 +152,7 @@ BAD = {
     "unknown on-error": ["rank", "--input", "-", "--on-error", "shrug"],
     "evaluate without labels": ["evaluate", "--data", "-"],
     "evaluate no such file": ["evaluate", "--data", "/no/such/rows.jsonl"],
+    "bench without rows": ["bench", "latency", "--data", "-"],
     "rankings without ranking": ["evaluate", "--data", "x", "--rankings", "-"],
     "calibrate over an existing target": ["calibrate", "--data", "-", "--output", "/tmp"],
     "train without rows": ["train", "--model", "x", "--data", "/no/such/rows.jsonl", "--output", "out"],
@@ -178,6 +180,27 @@ def test_a_missing_ranker_is_one_line(cli):
     code, _, err = cli("rank", "p", "a", "--ranker", "/no/such/ranker", ranker=None)
     assert code == 2
     assert "no such directory" in err
+
+
+def test_bench_latency(cli, rows):
+    code, out, _ = cli("bench", "latency", "--data", rows, "--limit", 3, "--repeats", 2, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["rows"] == 3
+    ways = {(report["engine"], report["precision"]): report for report in found["reports"]}
+    exact = ways["onnx", "fp32"]
+    assert exact["problem"] is None
+    assert exact["same_best"] == 1.0
+    assert 0 < exact["ms_per_candidate"] <= exact["median_ms"] <= exact["p90_ms"]
+    assert exact["tokens_per_second"] > 0
+    assert ("onnx", "int8") in ways
+    code, out, _ = cli("bench", "latency", "--data", rows, "--limit", 2, "--engine", "onnx", "--precision", "fp32")
+    assert code == 0
+    assert "median ms" in out
+    assert "int8" not in out
+    code, _, err = cli("bench", "latency", "--data", rows, "--precision", "int3")
+    assert code == 2
+    assert "int3" in err
 
 
 @pytest.mark.parametrize("export", [True, False])

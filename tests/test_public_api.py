@@ -71,7 +71,12 @@ def test_signatures_of_the_ranker():
 
 
 def test_signatures_of_a_session():
-    expected = {"add": "self, candidates", "extend": "self, index, more_text", "finish": "self, index", "rank": "self, top_k=None"}
+    expected = {
+        "add": "self, candidates",
+        "extend": "self, index, more_text",
+        "finish": "self, index",
+        "rank": "self, top_k=None, prune=None",
+    }
     assert {name: plain(getattr(Session, name)) for name in expected} == expected
 
 

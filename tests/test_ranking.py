@@ -37,6 +37,16 @@ def test_a_near_tie():
     assert not make_ranking([Candidate("a")], [0.0], [1], [False], temperature=1.0, calibrated=True).near_tie
 
 
+def test_a_margin_within_the_noise_of_the_precision_is_a_near_tie():
+    def near(margin, noise):
+        candidates = [Candidate("a"), Candidate("b")]
+        return make_ranking(candidates, [margin, 0.0], [1, 1], [False] * 2, temperature=0.01, calibrated=True, noise=noise).near_tie
+
+    assert near(0.1, 0.2)
+    assert not near(0.3, 0.2)
+    assert not near(0.1, 0.0)
+
+
 def test_extreme_margins_do_not_overflow():
     assert preference(1e6, 1e-3) == 1.0
     assert preference(-1e6, 1e-3) == 0.0

@@ -138,3 +138,46 @@ def test_joint_tokenisation_refuses_where_the_prompt_differs():
             assert "joint" in str(error)
         else:
             same(session.rank(), ranker.rank("abc", ["def"]))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_pruned_candidates_are_not_read_to_their_end_and_the_first_are(ranker, top_k, monkeypatch):
+    rng = np.random.default_rng(3)
+    texts = [" ".join(rng.choice(["egg", "water", "boil", "seven", "cold", "salt", "no"], rng.integers(2, 40))) for _ in range(12)]
+    whole = ranker.rank(PROMPT, texts)
+    with ranker.session(PROMPT) as session:
+        session.add(texts)
+        kept = session.rank(top_k=top_k, prune=1e-6)
+        assert len(kept) == top_k
+        exact = {candidate.index: candidate.score for candidate in whole}
+        for candidate in kept:
+            assert candidate.score == pytest.approx(exact[candidate.index], abs=2e-5)
+        assert kept.order == whole.order[:top_k]
+        bold = session.rank(top_k=top_k, prune=0.45)
+        assert [exact[c.index] for c in bold] == pytest.approx([c.score for c in bold], abs=2e-5)
+        same(session.rank(), whole)  # what was dropped is read when all are asked for
+
+
+def test_pruning_reads_fewer_tokens(tiny_artifact, monkeypatch):
+    ranker = Ranker.load(tiny_artifact, precision="fp32")
+    engine, read = ranker._engine, []
+    monkeypatch.setattr(
+        engine, "continued", lambda row, past, keep=None: read.append(row.num_tokens) or type(engine).continued(engine, row, past, keep)
+    )
+    texts = [TEXTS[2] * repeats for repeats in range(1, 13)]
+    counts = []
+    for prune in (None, 0.45):
+        read.clear()
+        with ranker.session(PROMPT) as session:
+            session.add(texts)
+            session.rank(top_k=1, prune=prune)
+        counts.append(sum(read))
+    assert counts[1] < 0.8 * counts[0]
+
+
+@pytest.mark.parametrize(("top_k", "prune"), [(None, 0.01), (0, 0.01), (1, 0.0), (1, 0.5), (1, True), (1, "0.1")])
+def test_a_prune_that_cannot_be_meant(tiny_artifact, top_k, prune):
+    with Ranker.load(tiny_artifact).session(PROMPT) as session:
+        session.add(TEXTS)
+        with pytest.raises(DataError, match="prune"):
+            session.rank(top_k=top_k, prune=prune)

@@ -65,7 +65,8 @@ def _export_section(export: dict[str, Any]) -> list[str]:
         if isinstance(report, dict):
             lines += [
                 f"{name} against fp32 on {report['num_prompts']} prompts ({report['rows']}): Spearman {report['spearman']:.3f}, the same "
-                f"best candidate in {report['same_best']:.1%}, median |difference| {report['median_difference']:.3g}.",
+                f"best candidate in {report['same_best']:.1%}, median |difference| {report['median_difference']:.3g}, a margin off by "
+                f"{report['margin_noise']:.3g} (one standard deviation). A margin within that is marked as a near tie.",
                 "",
             ]
     return lines

@@ -251,10 +251,3 @@ def with_weights(graph: ir.Model, model: Any) -> ir.Model:
             raise ModelError(f"weight {name} has shape {array.shape} in one model and {value.const_value.shape} in the other")
         value.const_value = ir.Tensor(array, name=value.name)
     return twin
-
-
-def same_architecture(policy: Any, reference: Any) -> bool:
-    """Whether the two models' configs describe one computation."""
-    skipped = {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
-    first, second = policy.config.to_dict(), reference.config.to_dict()
-    return all(first.get(key) == second.get(key) for key in (first.keys() | second.keys()) - skipped)

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ from dpo_rank.artifact import Manifest
 from dpo_rank.errors import DataError, ModelError
 from dpo_rank.export import card, graph, verify
 from dpo_rank.export.precision import PRECISIONS
+from dpo_rank.export.share import share_trunk
 from dpo_rank.scoring.encode import Encoder
+from dpo_rank.scoring.graph_engine import PAIR, ROLES
 from dpo_rank.scoring.onnx_engine import OnnxEngine
 from dpo_rank.scoring.pack import Group
 from dpo_rank.scoring.pair import merged, positions, write_models
+from dpo_rank.scoring.shared_trunk import same_architecture
 from dpo_rank.scoring.torch_engine import TorchEngine
 
 logger = logging.getLogger(__name__)
-
-ROLES = ("policy", "reference")
 
 
 def export_pair(
@@ -69,9 +70,8 @@ def export_pair(
     with tempfile.TemporaryDirectory() as scratch:
         exact = Path(scratch) / "fp32"
         progress("tracing the graph")
-        traced = [graph.trace(pair[0])]
-        traced.append(graph.with_weights(traced[0], pair[1]) if graph.same_architecture(*pair) else graph.trace(pair[1]))
-        _write(traced, exact)
+        traced = _trace(*pair)
+        write_graphs(traced, exact)
         progress("checking it against torch")
         fp32 = OnnxEngine(exact, "fp32", device="cpu")
         worst = verify.check_against(engine, fp32, manifest.vocabulary, limit)
@@ -81,7 +81,7 @@ def export_pair(
         def write(root: Path) -> None:
             for name in precisions:
                 progress(f"writing {name}")
-                _write([PRECISIONS[name](model) for model in traced], root / "onnx" / name)
+                write_graphs({role: PRECISIONS[name](model) for role, model in traced.items()}, root / "onnx" / name)
                 if name != "fp32":
                     lower = OnnxEngine(root / "onnx" / name, name, device="cpu")
                     report = verify.compare_precisions(fp32, lower, groups, manifest.beta, manifest.reward, 4096)
@@ -95,10 +95,20 @@ def export_pair(
         return artifacts.save(path, replace(manifest, training=facts), write, overwrite=overwrite)
 
 
-def _write(models: Sequence[ir.Model], directory: Path) -> None:
-    """``policy.onnx`` and ``reference.onnx`` with their weights beside them; nothing of the machine that traced them is kept."""
+def _trace(policy: Any, reference: Any) -> dict[str, ir.Model]:
+    """A graph for each role, or one for both where they share their bottom layers."""
+    first = graph.trace(policy)
+    if not same_architecture(policy, reference):
+        return dict(zip(ROLES, (first, graph.trace(reference)), strict=True))
+    second = graph.with_weights(first, reference)
+    together = share_trunk(first, second)
+    return dict(zip(ROLES, (first, second), strict=True)) if together is None else {PAIR: together}
+
+
+def write_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
+    """Graphs as ``<role>.onnx`` with their weights beside them; nothing of the machine that traced them is kept."""
     directory.mkdir(parents=True, exist_ok=True)
-    for role, model in zip(ROLES, models, strict=True):
+    for role, model in models.items():
         plain = model.clone()
         common.ClearMetadataAndDocStringPass()(plain)
         for value in plain.graph.initializers.values():

@@ -3,11 +3,14 @@
 int8: weights are signed 8-bit with a scale per output column; a row of activations is divided by its own absolute maximum
 before it is quantised, so a token's result depends on its own row alone and not on what else is in the batch (dynamic
 quantisation with one scale per tensor would let candidates change each other's scores).
+
+fp16, for a GPU's execution provider: weights and matrix products in half precision; norms, softmax, log-sum-exp and sums stay in
+float32. On a CPU onnxruntime converts back and forth and is slower than in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +27,77 @@ def int8(graph: ir.Model) -> ir.Model:
     return model
 
 
-PRECISIONS: dict[str, Callable[[ir.Model], ir.Model]] = {"fp32": ir.Model.clone, "int8": int8}
+def fp16(graph: ir.Model) -> ir.Model:
+    """A copy of ``graph`` with weight matrices and matrix products in half precision, and everything else in float32."""
+    model = graph.clone()
+    _Halver(model.graph).run()
+    return model
+
+
+PRECISIONS: dict[str, Callable[[ir.Model], ir.Model]] = {"fp32": ir.Model.clone, "fp16": fp16, "int8": int8}
 """What an exported graph can be turned into, by the name of its folder under ``onnx/``."""
 
 
-class _Quantizer:
+class _Rewriter:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
+
+    def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.Tensor(array, name=name))
+        value.dtype = value.const_value.dtype  # type: ignore[union-attr]
+        self.graph.initializers[name] = value
+        return value
+
+    def _add(
+        self, before: ir.Node, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, int] | None = None, domain: str = ""
+    ) -> ir.Value:
+        node = ir.node(op, inputs, attributes or {}, domain=domain)
+        self.graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        old = node.outputs[0]
+        value.type, value.shape = old.type, old.shape
+        old.replace_all_uses_with(value)
+        self.graph.remove(node, safe=True)
+
+    def _drop_unused(self, weights: Iterable[ir.Value]) -> None:
+        for weight in weights:
+            if not weight.uses():
+                self.graph.initializers.pop(str(weight.name))
+
+
+class _Halver(_Rewriter):
+    def __init__(self, graph: ir.Graph) -> None:
+        super().__init__(graph)
+        self.halves: dict[ir.Value, ir.Value] = {}
+
+    def run(self) -> None:
+        for node in list(self.graph):
+            if node.op_type in ("MatMul", "Gemm"):
+                inputs = [None if value is None else self._half(node, value) for value in node.inputs]
+            elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):
+                inputs = [self._half(node, node.inputs[0]), *node.inputs[1:]]  # type: ignore[arg-type]
+            else:
+                continue
+            twin = ir.node(node.op_type, inputs, {name: attribute.value for name, attribute in node.attributes.items()})
+            self.graph.insert_before(node, twin)
+            self._replace(node, self._add(node, "Cast", [twin.outputs[0]], {"to": ir.DataType.FLOAT}))
+        self._drop_unused([value for value in self.halves if value.is_initializer()])
+
+    def _half(self, before: ir.Node, value: ir.Value) -> ir.Value:
+        if value not in self.halves:
+            if value.is_initializer():
+                assert value.const_value is not None
+                self.halves[value] = self._constant(f"{value.name}_fp16", value.const_value.numpy().astype(np.float16))
+            else:
+                self.halves[value] = self._add(before, "Cast", [value], {"to": ir.DataType.FLOAT16})
+        return self.halves[value]
+
+
+class _Quantizer(_Rewriter):
+    def __init__(self, graph: ir.Graph) -> None:
+        super().__init__(graph)
         self.rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.weights: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self.step = self._constant("int8_step", np.array(1 / 127, dtype=np.float32))
@@ -47,9 +114,7 @@ class _Quantizer:
                 self._replace(node, product if len(node.inputs) == 2 else self._add(node, "Add", [product, node.inputs[2]]))
             elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):
                 self._replace(node, self._gather(node))
-        for weight in self.weights:
-            if not weight.uses():
-                self.graph.initializers.pop(str(weight.name))
+        self._drop_unused(self.weights)
 
     def _matmul(self, before: ir.Node, rows: ir.Value, weight: ir.Value, transposed: bool = False) -> ir.Value:
         """``rows @ weight`` (or its transpose) in u8 x s8; rows that feed several products are quantised once."""
@@ -85,25 +150,6 @@ class _Quantizer:
                 self._constant(f"{weight.name}_scale", scales),
             )
         return self.weights[weight]
-
-    def _constant(self, name: str, array: npt.NDArray[np.generic]) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.Tensor(array, name=name))
-        value.dtype = value.const_value.dtype  # type: ignore[union-attr]
-        self.graph.initializers[name] = value
-        return value
-
-    def _add(
-        self, before: ir.Node, op: str, inputs: list[ir.Value | None], attributes: dict[str, int] | None = None, domain: str = ""
-    ) -> ir.Value:
-        node = ir.node(op, inputs, attributes or {}, domain=domain)
-        self.graph.insert_before(before, node)
-        return node.outputs[0]
-
-    def _replace(self, node: ir.Node, value: ir.Value) -> None:
-        old = node.outputs[0]
-        value.type, value.shape = old.type, old.shape
-        old.replace_all_uses_with(value)
-        self.graph.remove(node, safe=True)
 
 
 def _is_matrix(value: ir.Value | None) -> bool:

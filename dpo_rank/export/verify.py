@@ -24,6 +24,7 @@ class PrecisionReport:
         spearman: mean rank correlation within a prompt.
         same_best: share of prompts with the same best candidate.
         median_difference: median |score - fp32 score|.
+        margin_noise: standard deviation of a margin's difference from its fp32 value, over all pairs of a prompt's candidates.
 
     """
 
@@ -32,6 +33,7 @@ class PrecisionReport:
     spearman: float
     same_best: float
     median_difference: float
+    margin_noise: float
 
     def to_dict(self) -> dict[str, float | int]:
         """As plain data."""
@@ -92,13 +94,16 @@ def compare_precisions(
         for engine in (exact, other)
     )
     several = [(a, b) for a, b in zip(left, right, strict=True) if len(a) > 1]
+    errors = [a - b for a, b in several]
     correlations = [float(np.corrcoef(_ranks(a), _ranks(b))[0, 1]) for a, b in several]
     return PrecisionReport(
         num_prompts=len(several),
         num_candidates=sum(len(a) for a, _ in several),
         spearman=float(np.mean(correlations)),
         same_best=float(np.mean([a.argmax() == b.argmax() for a, b in several])),
-        median_difference=float(np.median(np.abs(np.concatenate([a - b for a, b in several])))),
+        median_difference=float(np.median(np.abs(np.concatenate(errors)))),
+        # A margin is a difference of two scores of one prompt: twice the variance around the prompt's mean.
+        margin_noise=float(np.sqrt(2 * np.mean(np.concatenate([error - error.mean() for error in errors]) ** 2))),
     )
 
 

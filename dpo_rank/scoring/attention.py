@@ -31,6 +31,7 @@ class Pass:
         keep: places in the row whose keys and values are wanted, or None.
         calls: attention calls so far; the caller compares them with the model's layers.
         kept: ``[K, 2, kv_heads, head_dim]`` of every layer so far, where ``keep`` is given.
+        handed_on: what the last layer gave that the pair shares.
 
     """
 
@@ -38,6 +39,13 @@ class Pass:
         self.layout, self.past, self.keep = layout, past, keep
         self.calls = 0
         self.kept: list[Tensor] = []
+        self.handed_on: Any = None
+
+    def above(self, shared: int, past: Tensor | None) -> Pass:
+        """The pass of a model that takes its first ``shared`` layers from this one."""
+        upper = Pass(self.layout, past, self.keep)
+        upper.calls, upper.kept, upper.handed_on = shared, self.kept[:shared], self.handed_on
+        return upper
 
     def keys_and_values(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The key space ``[past | row]`` of the next layer, from its row's ``[T, kv_heads, head_dim]``."""

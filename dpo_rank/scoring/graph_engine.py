@@ -19,6 +19,8 @@ from dpo_rank.scoring.engine import FloatArray, KeyValues
 from dpo_rank.scoring.pack import IntArray, Layout, Row
 
 ROLES = ("policy", "reference")
+PAIR = "pair"
+"""Name of the graph that stands for both roles where they share their bottom layers."""
 
 
 def feeds(layout: Layout[IntArray], past: FloatArray, keep: IntArray) -> dict[str, npt.NDArray[Any]]:
@@ -36,6 +38,11 @@ def feeds(layout: Layout[IntArray], past: FloatArray, keep: IntArray) -> dict[st
         "past": past,
         "keep": keep,
     }
+
+
+def graph_names(directory: Path) -> tuple[str, ...]:
+    """The graphs of a directory: one for each role, or one for both."""
+    return (PAIR,) if (directory / f"{PAIR}.onnx").is_file() else ROLES
 
 
 class Graph(Protocol):
@@ -57,26 +64,28 @@ class GraphEngine(abc.ABC):
     than one after the other with all. In a forked child the graphs are opened anew: a runtime's threads do not survive a fork.
 
     Args:
+        directory: holds the graphs and their external data.
         threads: of both graphs together.
         side_by_side: False where one graph fills the device, or the runtime takes one request at a time.
 
     """
 
-    def __init__(self, threads: int, side_by_side: bool = True) -> None:
-        self.threads = threads
-        self._parallel = side_by_side and threads >= 2
+    def __init__(self, directory: Path, threads: int, side_by_side: bool = True) -> None:
+        self.directory, self.threads = directory, threads
+        self._names = graph_names(directory)
+        self._parallel = side_by_side and threads >= 2 and len(self._names) == 2
         self._lock = threading.Lock()
         self._start()
 
     @abc.abstractmethod
     def open_graph(self, role: str, threads: int) -> Graph:
-        """The graph of ``"policy"`` or ``"reference"``, to run with ``threads``."""
+        """The graph of ``"policy"``, ``"reference"`` or ``"pair"``, to run with ``threads``."""
 
     def _start(self) -> None:
         self._pid = os.getpid()
         self._pool = ThreadPoolExecutor(len(ROLES), thread_name_prefix="dpo_rank")
         each = self.threads // len(ROLES) if self._parallel else self.threads
-        self._graphs = list(self._pool.map(lambda role: self.open_graph(role, each), ROLES))
+        self._graphs = list(self._pool.map(lambda role: self.open_graph(role, each), self._names))
         shapes = self._graphs[0].input_shapes()
         self._inputs = frozenset(shapes)
         self.takes_past = "past" in shapes  # the first exported graphs read whole rows only
@@ -98,18 +107,22 @@ class GraphEngine(abc.ABC):
         self._reopen_after_fork()
         before = past.arrays if past is not None and len(past) else [self._nothing] * 2
         places = np.zeros(0, dtype=np.int64) if keep is None else keep
-        outputs = ["logps"] if keep is None else ["logps", "kept"]
-
-        def run(graph: Graph, part: FloatArray) -> list[npt.NDArray[Any]]:
-            inputs = feeds(row.layout, part, places)
-            return graph.run(outputs, {name: inputs[name] for name in self._inputs})
-
-        each = self._pool.map if self._parallel else map
-        found = list(each(run, self._graphs, before))
+        wanted = ["logps"] if keep is None else ["logps", "kept"]
+        if self._names == (PAIR,):
+            inputs = feeds(row.layout, before[0], places) | {"past_reference": before[1]}
+            outputs = self._graphs[0].run([*wanted, *(f"{name}_reference" for name in wanted)], self._taken(inputs))
+            found = [outputs[: len(wanted)], outputs[len(wanted) :]]
+        else:
+            each = self._pool.map if self._parallel else map
+            found = list(each(lambda graph, part: graph.run(wanted, self._taken(feeds(row.layout, part, places))), self._graphs, before))
         if past is not None and keep is not None:
             past.append([kept for _, kept in found])
         policy, reference = (np.asarray(outputs[0], dtype=np.float32) for outputs in found)
         return policy, reference
+
+    def _taken(self, inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        """Those of ``inputs`` that the graphs have."""
+        return {name: inputs[name] for name in self._inputs}
 
     def _reopen_after_fork(self) -> None:
         if self._pid == os.getpid():

@@ -103,8 +103,11 @@ class TokenLogProbs(nn.Module):
 
         """
         carried = attention.Pass(layout, past, keep)
-        hidden = self.hidden(layout, carried)
-        return self.head(hidden, layout.targets), torch.stack(carried.kept, dim=1)
+        return self.scored(carried), torch.stack(carried.kept, dim=1)
+
+    def scored(self, carried: attention.Pass) -> Tensor:
+        """The log-probs ``[M]`` of a pass that its maker asks for more afterwards."""
+        return self.head(self.hidden(carried.layout, carried), carried.layout.targets)
 
     def hidden(self, layout: Layout[Tensor], carried: attention.Pass | None = None) -> Tensor:
         """Final hidden states ``[M, width]`` at the places that predict the targets, from the packed row."""

@@ -48,7 +48,7 @@ class OnnxEngine(GraphEngine):
     """A policy and its reference on onnxruntime.
 
     Args:
-        directory: holds ``policy.onnx`` and ``reference.onnx`` with their external data.
+        directory: holds ``policy.onnx`` and ``reference.onnx``, or ``pair.onnx``, with their external data.
         precision: name of what they hold, for the caller's eyes.
         threads: of onnxruntime; None: the CPUs that this process may use.
         device, providers: see `pick_providers`.
@@ -66,13 +66,13 @@ class OnnxEngine(GraphEngine):
         device: str = "auto",
         providers: Sequence[Any] | None = None,
     ) -> None:
-        self.directory, self.precision = directory, precision
+        self.precision = precision
         self.providers = pick_providers(device, providers)
         self.device = "cpu" if _name(self.providers[0]) in ("CPUExecutionProvider", "OpenVINOExecutionProvider") else "cuda:0"
-        super().__init__(threads or available_cpus(), side_by_side=self.device == "cpu")
+        super().__init__(directory, threads or available_cpus(), side_by_side=self.device == "cpu")
 
     def open_graph(self, role: str, threads: int) -> _Session:
-        """The graph of ``"policy"`` or ``"reference"``, to run with ``threads``."""
+        """The graph of ``"policy"``, ``"reference"`` or ``"pair"``, to run with ``threads``."""
         return _Session(self.directory / f"{role}.onnx", threads, self.providers)
 
 

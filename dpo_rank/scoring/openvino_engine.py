@@ -21,7 +21,7 @@ class OpenVinoEngine(GraphEngine):
     """A policy and its reference on OpenVINO's CPU plugin.
 
     Args:
-        directory: holds ``policy.onnx`` and ``reference.onnx`` with their external data, in fp32.
+        directory: holds ``policy.onnx`` and ``reference.onnx``, or ``pair.onnx``, with their external data, in fp32.
         precision: a key of `PRECISIONS`.
         threads: None: the CPUs that this process may use.
 
@@ -31,8 +31,8 @@ class OpenVinoEngine(GraphEngine):
     device = "cpu"
 
     def __init__(self, directory: Path, precision: str, *, threads: int | None = None) -> None:
-        self.directory, self.precision = directory, precision
-        super().__init__(threads or available_cpus(), side_by_side=False)
+        self.precision = precision
+        super().__init__(directory, threads or available_cpus(), side_by_side=False)
 
     def _start(self) -> None:
         # Two requests at once, from two Python threads, hung in OpenVINO 2026.4: one after the other, each with all threads.
@@ -40,7 +40,7 @@ class OpenVinoEngine(GraphEngine):
         super()._start()
 
     def open_graph(self, role: str, threads: int) -> _Compiled:
-        """The graph of ``"policy"`` or ``"reference"``, to run with ``threads``."""
+        """The graph of ``"policy"``, ``"reference"`` or ``"pair"``, to run with ``threads``."""
         return _Compiled(self.directory / f"{role}.onnx", PRECISIONS[self.precision], threads, self._one_at_a_time)
 
 

@@ -9,9 +9,11 @@ import numpy as np
 import torch
 
 from dpo_rank.errors import ModelError, UnavailableError
+from dpo_rank.scoring.attention import Pass
 from dpo_rank.scoring.engine import FloatArray, KeyValues
 from dpo_rank.scoring.logps import TokenLogProbs, to_tensors, view
 from dpo_rank.scoring.pack import IntArray, Row
+from dpo_rank.scoring.shared_trunk import share_trunk
 
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -23,6 +25,9 @@ class TorchEngine:
         policy: the model trained with a DPO loss, or a peft model.
         reference: the model it was trained against; None for a peft policy: its base with the adapter off.
         packed: see `TokenLogProbs`.
+
+    Attributes:
+        shared_layers: equal layers from the bottom, computed once for both.
 
     """
 
@@ -39,6 +44,7 @@ class TorchEngine:
             raise ModelError(f"policy and reference must be on one device, not {policy.device} and {reference.device}")
         self.policy = TokenLogProbs(policy, packed=packed)
         self.reference = TokenLogProbs(reference, packed=packed)
+        self.shared_layers = share_trunk(self.policy, self.reference)
         self.device = str(policy.device)
         self.precision = PRECISIONS.get(policy.dtype, str(policy.dtype))
 
@@ -51,7 +57,11 @@ class TorchEngine:
         """Log-probs in nats of the row's targets under policy and reference, float32 ``[M]`` each."""
         with torch.inference_mode():
             layout = to_tensors(row.layout, self.device)
-            policy, reference = self.policy(layout), self.reference(layout)
+            if self.takes_past:
+                first = Pass(layout)
+                policy, reference = self.policy.scored(first), self.reference.scored(first.above(self.shared_layers, None))
+            else:
+                policy, reference = self.policy(layout), self.reference(layout)
         return policy.cpu().numpy(), reference.cpu().numpy()
 
     def memory(self, capacity: int) -> KeyValues:
@@ -64,11 +74,13 @@ class TorchEngine:
             layout = to_tensors(row.layout, self.device)
             kept_places = torch.from_numpy(np.zeros(0, dtype=np.int64) if keep is None else keep).to(self.device)
             before = past.arrays if len(past) else (None, None)
-            found = [model.continued(layout, part, kept_places) for model, part in zip((self.policy, self.reference), before, strict=True)]
+            first = Pass(layout, before[0], kept_places)
+            policy = self.policy.scored(first)
+            second = first.above(self.shared_layers, before[1])
+            reference = self.reference.scored(second)
         if keep is not None:
-            past.append([kept for _, kept in found])
-        policy, reference = (logps.cpu().numpy() for logps, _ in found)
-        return policy, reference
+            past.append([torch.stack(carried.kept, dim=1) for carried in (first, second)])
+        return policy.cpu().numpy(), reference.cpu().numpy()
 
 
 def plain_models(policy: Any, reference: Any | None) -> tuple[Any, Any]:

@@ -7,7 +7,7 @@ import pytest
 from dpo_rank import Ranker
 from dpo_rank.errors import ModelError
 from dpo_rank.export import graph, verify
-from dpo_rank.export.pair import _write
+from dpo_rank.export.pair import write_graphs
 from dpo_rank.export.precision import PRECISIONS
 from dpo_rank.scoring.engine import score
 from dpo_rank.scoring.onnx_engine import OnnxEngine
@@ -23,14 +23,17 @@ EXPORTED = [name for name in PACKED if name not in ("gpt-oss", "llama-one-kv-hea
 def test_a_graph_scores_as_torch_and_takes_other_weights(name, tmp_path):
     policy, reference = tiny(name), tiny(name, seed=1)
     traced = graph.trace(policy)
-    _write([traced, graph.with_weights(traced, reference)], tmp_path / "fp32")
+    both = {"policy": traced, "reference": graph.with_weights(traced, reference)}
+    write_graphs(both, tmp_path / "fp32")
     engine = OnnxEngine(tmp_path / "fp32", "fp32")
     assert verify.check_against(TorchEngine(policy, reference), engine, VOCABULARY, 128) <= 1e-4
     if name in ("llama-tied-biased", "gpt2", "gemma3"):
-        _write([PRECISIONS["int8"](model) for model in (traced, graph.with_weights(traced, reference))], tmp_path / "int8")
         groups = [g for row in verify.check_groups(VOCABULARY, 128) for g in row]
-        report = verify.compare_precisions(engine, OnnxEngine(tmp_path / "int8", "int8"), groups, 0.1, "sum", 4096)
-        assert report.spearman > 0.95
+        for precision, least in (("int8", 0.95), ("fp16", 0.999)):
+            write_graphs({role: PRECISIONS[precision](model) for role, model in both.items()}, tmp_path / precision)
+            report = verify.compare_precisions(engine, OnnxEngine(tmp_path / precision, precision), groups, 0.1, "sum", 4096)
+            assert report.spearman > least
+            assert 0 < report.margin_noise < 0.2
 
 
 @pytest.mark.parametrize("name", [*FALLBACK, "gpt-oss"])
@@ -42,17 +45,18 @@ def test_what_cannot_be_exported_is_refused_by_name(name):
 
 def test_a_graph_that_scores_otherwise_is_not_accepted(tmp_path):
     traced = graph.trace(tiny("llama"))
-    _write([traced, traced], tmp_path / "fp32")
+    write_graphs({"policy": traced, "reference": traced}, tmp_path / "fp32")
     with pytest.raises(ModelError, match="not accepted"):
         verify.check_against(TorchEngine(tiny("llama"), tiny("llama", seed=1)), OnnxEngine(tmp_path / "fp32", "fp32"), VOCABULARY, 128)
 
 
-def test_8_bit_weights_are_a_quarter(tmp_path):
+def test_lower_precisions_are_smaller_by_their_bits(tmp_path):
     traced = graph.trace(tiny("llama", hidden_size=128, intermediate_size=256, tie_word_embeddings=True))
-    for name in ("fp32", "int8"):
-        _write([PRECISIONS[name](traced)] * 2, tmp_path / name)
-    sizes = {name: (tmp_path / name / "policy.onnx.data").stat().st_size for name in ("fp32", "int8")}
+    for name in ("fp32", "fp16", "int8"):
+        write_graphs({"policy": PRECISIONS[name](traced)}, tmp_path / name)
+    sizes = {name: (tmp_path / name / "policy.onnx.data").stat().st_size for name in ("fp32", "fp16", "int8")}
     assert sizes["int8"] < 0.28 * sizes["fp32"]
+    assert sizes["fp16"] < 0.52 * sizes["fp32"]
 
 
 def test_nothing_of_the_machine_that_traced_it_is_in_a_graph(tiny_artifact):
