@@ -203,6 +203,23 @@ def test_bench_latency(cli, rows):
     assert "int3" in err
 
 
+def test_a_refused_export_at_the_end_of_training_names_the_policy_that_was_trained(cli, tmp_path, monkeypatch):
+    from tests.artifacts import tiny_pair
+
+    monkeypatch.chdir(tmp_path)
+    policy, _, tok = tiny_pair("gpt-neo", max_position_embeddings=256)
+    policy.save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(24)))
+    code, _, err = cli("train", "--model", "model", "--data", "pairs.jsonl", "--output", "ranker", "--evals", "1", ranker=None)
+    assert code == 2
+    assert "cannot be exported" in err
+    [checkpoint] = (tmp_path / "ranker.run" / "dpo").glob("checkpoint-*")
+    assert str(checkpoint.relative_to(tmp_path)) in err
+    assert (checkpoint / "model.safetensors").is_file()
+    assert not (tmp_path / "ranker").exists()
+
+
 @pytest.mark.parametrize("export", [True, False])
 def test_train_then_evaluate_then_rank(cli, tmp_path, export, monkeypatch):
     from tests.artifacts import tiny_pair

@@ -140,10 +140,16 @@ def test_joint_tokenisation_refuses_where_the_prompt_differs():
             same(session.rank(), ranker.rank("abc", ["def"]))
 
 
-@pytest.mark.parametrize("top_k", [1, 2])
-def test_pruned_candidates_are_not_read_to_their_end_and_the_first_are(ranker, top_k, monkeypatch):
+def random_texts(count, shortest, longest):
     rng = np.random.default_rng(3)
-    texts = [" ".join(rng.choice(["egg", "water", "boil", "seven", "cold", "salt", "no"], rng.integers(2, 40))) for _ in range(12)]
+    return [
+        " ".join(rng.choice(["egg", "water", "boil", "seven", "cold", "salt", "no"], rng.integers(shortest, longest))) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_the_first_places_of_a_pruned_ranking_are_those_of_the_whole(ranker, top_k):
+    texts = random_texts(12, 2, 40)
     whole = ranker.rank(PROMPT, texts)
     with ranker.session(PROMPT) as session:
         session.add(texts)
@@ -164,7 +170,7 @@ def test_pruning_reads_fewer_tokens(tiny_artifact, monkeypatch):
     monkeypatch.setattr(
         engine, "continued", lambda row, past, keep=None: read.append(row.num_tokens) or type(engine).continued(engine, row, past, keep)
     )
-    texts = [TEXTS[2] * repeats for repeats in range(1, 13)]
+    texts = random_texts(24, 15, 20)
     counts = []
     for prune in (None, 0.45):
         read.clear()

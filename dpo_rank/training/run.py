@@ -141,7 +141,13 @@ def train(
         training=facts,
     )
     del trainer
-    facts = finish(manifest, (policy, frozen.cpu()), encoder, held, output, config, overwrite=overwrite, say=say)
+    try:
+        facts = finish(manifest, (policy, frozen.cpu()), encoder, held, output, config, overwrite=overwrite, say=say)
+    except ModelError as error:
+        raise ModelError(
+            f"{error}. The training is not lost: its policy is {best} (Ranker.from_models, dpo-rank export); "
+            "`dpo-rank train --no-export` writes an artifact for the torch engine"
+        ) from error
     shutil.rmtree(run / "artifact", ignore_errors=True)
     return TrainingResult(output, facts, problems)
 
