@@ -220,6 +220,8 @@ def main() -> None:
         pair(cell["shape"], args.cache)
         cross_encoder(cell["shape"], args.cache)
         artifact(cell["shape"], args.cache, ("fp32", "int8"))
+        if any("shared" in way for way in wanted):
+            artifact(cell["shape"], args.cache, ("fp32", "int8"), sharing=True)
         if "floor" not in found or args.again:
             found["floor"] = floor_of(cell, args.threads)
         for way in wanted:

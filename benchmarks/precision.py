@@ -39,7 +39,7 @@ def compared(name: str, examples: Sequence[Example], exact: Sequence[Any], other
         "spearman": float(np.mean([spearmanr(a, b).statistic for a, b in several])),
         "same_best": float(np.mean([a.argmax() == b.argmax() for a, b in several])),
         "agreement": report.agreement.value,
-        "agreement_interval": list(report.agreement.interval),
+        "agreement_interval": [report.agreement.low, report.agreement.high],
         "margin_noise": float(np.sqrt(np.mean((margins[:, 1] - margins[:, 0]) ** 2))),
         "margin_slope": float((margins[:, 0] * margins[:, 1]).sum() / (margins[:, 0] ** 2).sum()),
         "turned_by_quartile_of_margin": [

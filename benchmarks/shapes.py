@@ -91,12 +91,28 @@ def cross_encoder(shape: str, cache: Path) -> Path:
     return path
 
 
-def artifact(shape: str, cache: Path, precisions: tuple[str, ...]) -> Path:
-    """The pair as a ranker with these precisions."""
+def sharing_pair(shape: str, cache: Path) -> dict[str, Path]:
+    """Directories of a policy and a reference that differ in their top third of layers alone."""
+    from transformers import AutoModelForCausalLM
+
+    paths = pair(shape, cache)
+    shared = paths["reference"].with_name("reference-sharing")
+    if not (shared / "model.safetensors").is_file():
+        model, other = (AutoModelForCausalLM.from_pretrained(path) for path in paths.values())
+        layers = model.model.layers
+        for index in range(len(layers) - len(layers) // 3, len(layers)):
+            layers[index].load_state_dict(other.model.layers[index].state_dict())
+        model.save_pretrained(shared)
+        tokenizer(shape).save_pretrained(shared)
+    return {"policy": paths["policy"], "reference": shared}
+
+
+def artifact(shape: str, cache: Path, precisions: tuple[str, ...], sharing: bool = False) -> Path:
+    """The pair, or the one that shares the lower two thirds, as a ranker with these precisions."""
     from dpo_rank import Ranker
 
-    path = cache / shape / f"ranker-{'-'.join(precisions)}"
+    path = cache / shape / f"ranker-{'sharing-' if sharing else ''}{'-'.join(precisions)}"
     if not path.is_dir():
-        paths = pair(shape, cache)
+        paths = (sharing_pair if sharing else pair)(shape, cache)
         Ranker.from_models(str(paths["policy"]), str(paths["reference"]), device="cpu").export(path, precisions)
     return path

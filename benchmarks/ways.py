@@ -145,6 +145,16 @@ def ours(shape: str, cache: Path, kind: str) -> Score:
     return _engine(ranker._engine, shape, ranker.token_budget)
 
 
+def ours_sharing(shape: str, cache: Path, precision: str) -> Score:
+    """Our exported graph of a pair whose training changed only the top third of the layers: not the same models as the other ways'."""
+    from shapes import artifact
+
+    from dpo_rank import Ranker
+
+    ranker = Ranker.load(artifact(shape, cache, ("fp32", "int8"), sharing=True), engine="onnx", precision=precision, device="cpu")
+    return _engine(ranker._engine, shape, ranker.token_budget)
+
+
 WAYS: dict[str, tuple[Callable[[str, Path, str], Score], str]] = {
     "padded batch, torch fp32": (padded, "fp32"),
     "padded batch, torch bf16": (padded, "bf16"),
@@ -158,6 +168,8 @@ WAYS: dict[str, tuple[Callable[[str, Path, str], Score], str]] = {
     "dpo_rank, torch bf16": (ours_torch, "bf16"),
     "dpo_rank, onnx fp32": (ours, "onnx-fp32"),
     "dpo_rank, onnx int8": (ours, "onnx-int8"),
+    "dpo_rank, lower two thirds shared, onnx fp32": (ours_sharing, "fp32"),
+    "dpo_rank, lower two thirds shared, onnx int8": (ours_sharing, "int8"),
     "dpo_rank, openvino fp32": (ours, "openvino-fp32"),
     "dpo_rank, openvino bf16": (ours, "openvino-bf16"),
 }

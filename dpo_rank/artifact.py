@@ -48,6 +48,8 @@ class Manifest:
         ranks: ``"answers"`` to a prompt, or ``"passages"`` for a question.
         name: what the ranker is called in outputs.
         training: facts of the run that made it, and its measured figures.
+        default_precision: the precision that ``precision="auto"`` means, or empty: fp32 where there is one.
+        default_precision_reason: why, in words.
         files: size and SHA-256 of every other file.
 
     """
@@ -64,6 +66,8 @@ class Manifest:
     ranks: Literal["answers", "passages"] = "answers"
     name: str = ""
     training: Mapping[str, Any] = field(default_factory=dict)
+    default_precision: str = ""
+    default_precision_reason: str = ""
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
@@ -168,6 +172,7 @@ def manifest_bytes(manifest: Manifest, files: Mapping[str, tuple[int, str]]) -> 
             "max_completion_tokens": manifest.limits.max_completion_tokens,
         },
         "vocabulary": manifest.vocabulary,
+        "default_precision": {"name": manifest.default_precision, "why": manifest.default_precision_reason},
         "training": dict(manifest.training),
         "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
         "self_sha256": _NO_SELF,
@@ -249,7 +254,8 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
     if min(limits.max_prompt_tokens, limits.max_completion_tokens) < 1:
         raise ValueError("'limits' (at least one token each)")
     passage_format = content.get("passage_format")
-    return Manifest(
+    default = content.get("default_precision", {})
+    manifest = Manifest(
         beta=beta,
         reward=content["reward"],
         prompt_format=PromptFormat.from_dict(content["prompt_format"]),
@@ -262,8 +268,13 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
         ranks=content.get("ranks", "answers"),
         name=str(content.get("name", "")),
         training=dict(content.get("training", {})),
+        default_precision=str(default.get("name", "")),
+        default_precision_reason=str(default.get("why", "")),
         files={_checked_name(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()},
     )
+    if manifest.default_precision and manifest.default_precision not in manifest.precisions:
+        raise ValueError(f"'default_precision' ({manifest.default_precision!r}, which has no graphs here)")
+    return manifest
 
 
 def _checked_name(name: str) -> str:

@@ -159,7 +159,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
     boundary: Annotated[str, typer.Option(help="'split', or 'joint' as TRL tokenises.")] = "split",
-    precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions to write; may be repeated [fp32, int8].")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions, the default first; may be repeated [fp32, int8].")] = None,
     export: Annotated[bool, typer.Option("--export/--no-export", help="Write the graphs that run without torch.")] = True,
     keep_models: Annotated[bool, typer.Option("--keep-models/--no-keep-models", help="Store both models' weights too.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
@@ -225,7 +225,7 @@ def export(
     reward: Annotated[str, typer.Option(help="'sum', or 'mean' where the loss compared means (IPO, length-normalised).")] = "sum",
     boundary: Annotated[str, typer.Option(help="'split', or 'joint' for pairs trained on joint tokenisation.")] = "split",
     string_prompt: Annotated[str | None, typer.Option(help="What a plain text prompt is: user_turn or verbatim.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions to write; may be repeated [fp32, int8].")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions, the default first; may be repeated [fp32, int8].")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Turn a pair that others trained into a ranker that runs without torch.
@@ -328,6 +328,7 @@ def info(ranker: RankerOption = "starter", as_json: JsonOption = False) -> None:
         "device": loaded.device,
         "precision": loaded.precision,
         "precisions": list(manifest.precisions),
+        "default_precision": manifest.default_precision,
         "beta": manifest.beta,
         "reward": manifest.reward,
         "temperature": manifest.temperature,

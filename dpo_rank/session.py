@@ -107,7 +107,7 @@ class Session:
 
         Args:
             top_k: keep the first so many.
-            prune: read a candidate no further once the probability that it is among the first ``top_k`` falls below this (0.01, say),
+            prune: read a candidate no further once the probability that it is among the first ``top_k`` falls below this (0.05, say),
                 by the spread of the log-ratios seen so far. The first ``top_k`` are read to their end; the probabilities count a
                 dropped candidate by its expected score. None: read all. Not every engine can: one that cannot reads all.
 
@@ -174,12 +174,13 @@ class Session:
                 stops[index] = max(stops[index], min(upto, len(self._entries[index].ids)))
             self._score(stops)
             partials = [Partial(entry.scores.policy - entry.scores.reference, len(entry.ids)) for entry in self._entries]
-            means, _ = forecast(partials, beta, form)
-            best = sorted(range(len(means)), key=lambda index: -means[index])[:top_k]
-            if all(partials[index].left == 0 for index in best):
-                return means
+            found = forecast(partials, beta, form)
+            if not partials:
+                return []
+            alive = plausible(found, min(top_k, len(partials)), least)
+            if all(partials[index].left == 0 for index in alive):
+                return found.rewards
             upto *= 2
-            alive = sorted({*best, *plausible(partials, beta, form, min(top_k, len(partials)), least)})
 
     def _score(self, stops: Sequence[int]) -> None:
         """Read each candidate as far as the token that ``stops`` says."""

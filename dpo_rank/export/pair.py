@@ -50,7 +50,7 @@ def export_pair(
         models: policy and reference (or a peft policy and None).
         encoder: its tokenizer is stored; its prompt format is the manifest's.
         manifest: what the artifact says of itself; figures of the precisions are added to its ``training`` facts.
-        precisions: keys of `dpo_rank.export.precision.PRECISIONS`.
+        precisions: keys of `dpo_rank.export.precision.PRECISIONS`; the first is the default of the artifact.
         keep_models: store both models' weights as well.
         sample: real groups that lower precisions are compared with fp32 on; random ids where there are none.
         overwrite: replace an existing artifact.
@@ -76,6 +76,7 @@ def export_pair(
         fp32 = OnnxEngine(exact, "fp32", device="cpu")
         worst = verify.check_against(engine, fp32, manifest.vocabulary, limit)
         facts: dict[str, Any] = {**manifest.training, "export": {"largest_difference_nats": worst}}
+        stated = replace(manifest, default_precision=precisions[0], default_precision_reason=_reason(precisions))
         groups = list(sample) or [group for row in verify.check_groups(manifest.vocabulary, limit) for group in row]
 
         def write(root: Path) -> None:
@@ -90,9 +91,18 @@ def export_pair(
             if keep_models:
                 write_models(root, pair, encoder)
             (root / artifacts.TOKENIZER).write_text(encoder.tokenizer.to_str(), encoding="utf-8")
-            (root / "README.md").write_text(card.model_card(replace(manifest, training=facts), precisions), encoding="utf-8")
+            (root / "README.md").write_text(card.model_card(replace(stated, training=facts), precisions), encoding="utf-8")
 
-        return artifacts.save(path, replace(manifest, training=facts), write, overwrite=overwrite)
+        return artifacts.save(path, replace(stated, training=facts), write, overwrite=overwrite)
+
+
+def _reason(precisions: Sequence[str]) -> str:
+    """Why the first of the precisions is the default."""
+    if len(precisions) == 1:
+        return "the only one here"
+    if precisions[0] == "fp32":
+        return "scores as the trained models do; ask for a lower precision by name where its measured noise is small enough"
+    return "the first that the export was asked for"
 
 
 def _trace(policy: Any, reference: Any) -> dict[str, ir.Model]:

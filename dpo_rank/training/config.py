@@ -34,7 +34,7 @@ class DPOConfig:
         boundary, string_prompt, passage_format: how rows become tokens; stored in the artifact.
         on_error: what to do with a bad row.
         export: write the ONNX artifact at the end.
-        precisions: the ONNX precisions to write.
+        precisions: the ONNX precisions to write, the default one first.
         keep_models: put policy and reference weights into the artifact, for the torch engine and further training.
         trust_remote_code: known from TRL; code from a model repository is never run, so True is refused.
 
