@@ -229,3 +229,23 @@ def test_a_hub_id_is_fetched_as_plain_files(tiny_artifact, tmp_path, monkeypatch
     assert asked == {"repo_id": "someone/ranker", "revision": "v1", "local_files_only": False}
     with pytest.raises(ArtifactError, match="local_files_only"):
         Ranker.load("someone/other", cache_dir=tmp_path, local_files_only=True)
+
+
+def test_the_manifest_names_the_default_precision_and_why(tiny_artifact):
+    manifest = artifacts.load(tiny_artifact).manifest
+    assert manifest.default_precision in manifest.precisions
+    assert manifest.default_precision_reason
+    both = {"onnx/fp32/policy.onnx": (1, ""), "onnx/int8/policy.onnx": (1, "")}
+    chosen = replace(manifest, default_precision="int8", files={**manifest.files, **both})
+    assert artifacts.read_manifest(artifacts.manifest_bytes(chosen, chosen.files)).default_precision == "int8"
+    absent = replace(manifest, default_precision="fp64")
+    with pytest.raises(ArtifactError, match="default_precision"):
+        artifacts.read_manifest(artifacts.manifest_bytes(absent, absent.files))
+
+
+def test_auto_takes_the_first_precision_that_was_exported(tiny_artifact, tmp_path):
+    ranker = Ranker.load(tiny_artifact, engine="torch")
+    path = ranker.export(tmp_path / "both", precisions=("int8", "fp32"))
+    assert Ranker.load(path).precision == "int8"
+    assert Ranker.load(path, precision="fp32").precision == "fp32"
+    assert "default precision | int8" in (path / "README.md").read_text()
