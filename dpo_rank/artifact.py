@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class Manifest:
         ranks: ``"answers"`` to a prompt, or ``"passages"`` for a question.
         name: what the ranker is called in outputs.
         training: facts of the run that made it, and its measured figures.
-        default_precision: the precision that ``precision="auto"`` means, or empty: fp32 where there is one.
+        default_precision: what ``precision="auto"`` means; empty where there are no graphs.
         default_precision_reason: why, in words.
         files: size and SHA-256 of every other file.
 
@@ -272,6 +272,8 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
         default_precision_reason=str(default.get("why", "")),
         files={_checked_name(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()},
     )
+    if manifest.precisions and not manifest.default_precision:  # written before manifests named it
+        return replace(manifest, default_precision="fp32" if "fp32" in manifest.precisions else manifest.precisions[0])
     if manifest.default_precision and manifest.default_precision not in manifest.precisions:
         raise ValueError(f"'default_precision' ({manifest.default_precision!r}, which has no graphs here)")
     return manifest

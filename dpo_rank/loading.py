@@ -83,7 +83,7 @@ def open_engine(
     from dpo_rank.scoring.onnx_engine import OnnxEngine
 
     if precision == "auto":
-        precision = manifest.default_precision or ("fp32" if "fp32" in manifest.precisions else manifest.precisions[0])
+        precision = manifest.default_precision
     if precision not in manifest.precisions:
         raise UnavailableError(f"precision {precision!r} is not in this artifact; it holds {', '.join(manifest.precisions)}")
     return OnnxEngine(artifact.root / "onnx" / precision, precision, threads=threads, device=device, providers=providers)

@@ -238,6 +238,8 @@ def test_the_manifest_names_the_default_precision_and_why(tiny_artifact):
     both = {"onnx/fp32/policy.onnx": (1, ""), "onnx/int8/policy.onnx": (1, "")}
     chosen = replace(manifest, default_precision="int8", files={**manifest.files, **both})
     assert artifacts.read_manifest(artifacts.manifest_bytes(chosen, chosen.files)).default_precision == "int8"
+    older = replace(chosen, default_precision="")
+    assert artifacts.read_manifest(artifacts.manifest_bytes(older, older.files)).default_precision == "fp32"
     absent = replace(manifest, default_precision="fp64")
     with pytest.raises(ArtifactError, match="default_precision"):
         artifacts.read_manifest(artifacts.manifest_bytes(absent, absent.files))

@@ -37,7 +37,7 @@ def model_card(manifest: Manifest, precisions: Sequence[str]) -> str:
         _temperature(manifest),
         f"| reads at most | {manifest.limits.max_prompt_tokens} prompt and {manifest.limits.max_completion_tokens} answer tokens |",
         f"| precisions | {', '.join(precisions)} |",
-        f"| default precision | {manifest.default_precision} ({manifest.default_precision_reason}) |",
+        *([f"| default precision | {manifest.default_precision} ({manifest.default_precision_reason}) |"] if precisions else []),
         f"| passages | {'yes' if manifest.passage_format else 'no passage format'} |",
     ]
     lines += [
