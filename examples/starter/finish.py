@@ -58,6 +58,8 @@ def main() -> None:
         temperature=temperature,
         calibrated=True,
         training=facts,
+        default_precision="int8",
+        default_precision_reason="the only one here",
         files={name: source.manifest.files[name] for name in kept},
     )
 
