@@ -1,7 +1,7 @@
 """How long N candidates take, side by side with other ways of scoring them, and with the floor that no way can pass.
 
     python benchmarks/latency.py                          # the grid at 134 M; hours on two cores; goes on where it stopped
-    python benchmarks/latency.py --cells 512x16 --ways dpo_rank,padded
+    python benchmarks/latency.py --cells 512x16 --ways "dpo_rank;padded"
 
 Run on an otherwise idle machine. Every way runs in a process of its own. Writes docs/results/latency.json, .md and .svg. What is not
 installed is named as not run; peers need ``pip install 'dpo-rank[optimum]' 'sentence-transformers<6'`` beside the rest.
@@ -201,14 +201,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Latency of dpo_rank and its peers beside the floor.")
     parser.add_argument("--full", action="store_true", help="N = 256 and the 15 M and 0.6 B shapes too")
     parser.add_argument("--cells", default="", help="only cells whose name holds this text")
-    parser.add_argument("--ways", default="", help="only ways whose names hold one of these texts, comma-separated")
+    parser.add_argument("--ways", default="", help="only ways whose names hold one of these texts, separated by ;")
     parser.add_argument("--again", action="store_true", help="measure again what the results hold already")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--cache", type=Path, default=Path("runs/bench"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     grid = cells(args.full)
-    wanted = [way for way in WAYS if any(text in way for text in args.ways.split(","))]
+    wanted = [way for way in WAYS if any(text in way for text in args.ways.split(";"))]
     path = args.output / "latency.json"
     data: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"results": {}}
     results = data["results"]

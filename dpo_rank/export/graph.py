@@ -197,23 +197,28 @@ def _reads_no_weight(node: ir.Node) -> bool | None:
 
 
 def fold_transposes(graph: ir.Model) -> None:
-    """Store a weight that is only ever read transposed as its transpose; a table that is embedding and head stays as it is."""
+    """Store a weight that is only ever read transposed as its transpose; a table that is also read by rows stays as it is."""
     for node in list(graph.graph):
         source = node.inputs[0] if node.op_type == "Transpose" else None
-        if source is None or not source.is_initializer() or source.shape is None or len(source.shape) != 2:
+        if source is None or source.shape is None or len(source.shape) != 2:
             continue
-        uses = [use.node for use in source.uses()]
-        if all(use.op_type == "Transpose" for use in uses):
+        if source.is_initializer() and all(use.node.op_type == "Transpose" for use in source.uses()):
             source.const_value = ir.Tensor(np.ascontiguousarray(source.const_value.numpy().T), name=source.name)  # type: ignore[union-attr]
             source.shape = ir.Shape(source.const_value.shape)
             source.metadata_props[TRANSPOSED] = "yes"
-            for use in uses:
-                use.outputs[0].replace_all_uses_with(source)
-                graph.graph.remove(use, safe=True)
-        elif all(use.op_type in ("Transpose", "Gather") for use in uses):
+            for use in source.uses():
+                use.node.outputs[0].replace_all_uses_with(source)
+                graph.graph.remove(use.node, safe=True)
+        elif is_table(source):
             for product in [reader.node for reader in node.outputs[0].uses()]:
                 if product.op_type == "MatMul" and product.inputs[1] is node.outputs[0]:
                     _read_transposed(graph, product, source)
+
+
+def is_table(value: ir.Value) -> bool:
+    """Whether a value is a weight, or some rows of one."""
+    cut = value.producer()
+    return value.is_initializer() or (cut is not None and cut.op_type == "Slice" and cut.inputs[0] is not None and cut.inputs[0].is_initializer())
 
 
 def _read_transposed(graph: ir.Model, product: ir.Node, table: ir.Value) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from dpo_rank.export.graph import is_table
+
 MICROSOFT = "com.microsoft"
 
 
@@ -62,8 +64,14 @@ class _Rewriter:
         self.graph.remove(node, safe=True)
 
     def _drop_unused(self, weights: Iterable[ir.Value]) -> None:
-        for weight in weights:
-            if not weight.uses():
+        """Remove those of ``weights`` that nothing reads any more; rows cut out of a weight stand before it."""
+        for weight in sorted(weights, key=ir.Value.is_initializer):
+            cut = weight.producer()
+            if weight.uses():
+                continue
+            if cut is not None:
+                self.graph.remove(cut, safe=True)
+            elif weight.is_initializer():
                 self.graph.initializers.pop(str(weight.name))
 
 
@@ -74,6 +82,9 @@ class _Halver(_Rewriter):
 
     def run(self) -> None:
         for node in list(self.graph):
+            if node.op_type == "Slice" and _is_matrix(node.inputs[0]):
+                self.halves[node.outputs[0]] = self._add(node, "Slice", [self._half(node, node.inputs[0]), *node.inputs[1:]])  # type: ignore[arg-type]
+                continue
             if node.op_type in ("MatMul", "Gemm"):
                 inputs = [None if value is None else self._half(node, value) for value in node.inputs]
             elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):
@@ -83,7 +94,7 @@ class _Halver(_Rewriter):
             twin = ir.node(node.op_type, inputs, {name: attribute.value for name, attribute in node.attributes.items()})
             self.graph.insert_before(node, twin)
             self._replace(node, self._add(node, "Cast", [twin.outputs[0]], {"to": ir.DataType.FLOAT}))
-        self._drop_unused([value for value in self.halves if value.is_initializer()])
+        self._drop_unused([value for value in self.halves if is_table(value)])
 
     def _half(self, before: ir.Node, value: ir.Value) -> ir.Value:
         if value not in self.halves:
@@ -107,9 +118,12 @@ class _Quantizer(_Rewriter):
 
     def run(self) -> None:
         for node in list(self.graph):
-            if node.op_type == "MatMul" and _is_matrix(node.inputs[1]):
+            if node.op_type == "Slice" and _is_matrix(node.inputs[0]):
+                parts = (self._add(node, "Slice", [part, *node.inputs[1:]]) for part in self._quantized(node.inputs[0], axis=1))
+                self.weights[node.outputs[0]] = (next(parts), next(parts))
+            elif node.op_type == "MatMul" and _is_matrix(node.inputs[1]):
                 self._replace(node, self._matmul(node, node.inputs[0], node.inputs[1]))
-            elif node.op_type == "Gemm" and _is_matrix(node.inputs[1]) and _is_plain_gemm(node):
+            elif node.op_type == "Gemm" and (_is_matrix(node.inputs[1]) or node.inputs[1] in self.weights) and _is_plain_gemm(node):
                 product = self._matmul(node, node.inputs[0], node.inputs[1], transposed=_is_transposed(node))
                 self._replace(node, product if len(node.inputs) == 2 else self._add(node, "Add", [product, node.inputs[2]]))
             elif node.op_type == "Gather" and _is_matrix(node.inputs[0]):

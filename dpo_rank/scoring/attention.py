@@ -19,6 +19,9 @@ NAME = "dpo_rank_prefix_shared"
 QUERY_BLOCK = 1024
 """Prompt queries per block outside an exported graph: the score matrix is ``[heads, QUERY_BLOCK, keys]`` at most."""
 
+OWN_BLOCKS, LONG_OWN = 2, 64
+"""Candidates longer than `LONG_OWN` attend to themselves in so many blocks of queries, each over the keys that it can see."""
+
 _MASKED = -1e30  # finite: a row without any visible key must not become NaN, it is merged with weight 0
 
 
@@ -148,8 +151,15 @@ class _Attend:
 
     def own(self, q: Tensor, k: Tensor, v: Tensor) -> _Partial:
         """Candidates' tokens over their own candidate; padding stands behind every real token."""
-        place = torch.arange(q.shape[1], device=q.device)
-        return self._partial(q, k, v, self._behind(place[:, None], place[None, :])[None])
+        size = q.shape[1]
+        place = torch.arange(size, device=q.device)
+        blocks = OWN_BLOCKS if torch.compiler.is_exporting() or size > LONG_OWN else 1
+        ends = [(size * (block + 1) + blocks - 1) // blocks for block in range(blocks)]  # rounded up: the first is never empty
+        parts = [
+            self._partial(q[:, start:end], k[:, :end], v[:, :end], self._behind(place[start:end, None], place[None, :end])[None])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return _joined(parts)
 
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, past_length: Tensor, no_past: bool) -> _Partial:
         """Causal attention of the prompts' tokens; outside an exported graph a block of queries at a time."""
@@ -163,7 +173,7 @@ class _Attend:
             keys = slice(0, end if no_past else None)
             visible = self._behind(query_at[:, start:end], key_at[:, :, keys])
             blocks.append(self._partial(q[:, start:end], k[:, keys], v[:, keys], visible))
-        return _Partial(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
+        return _joined(blocks)
 
     def prefix(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, lengths: Tensor) -> _Partial:
         """Candidates' tokens at ``positions`` [batch, queries] over their prompt's keys, ``lengths`` [batch] of them real."""
@@ -203,6 +213,11 @@ class _Attend:
         """``[batch, kv_heads, rep * queries, d]`` -> ``[batch, queries, kv_heads, rep, d]``."""
         batch, heads, _, width = part.shape
         return part.view(batch, heads, self.rep, -1, width).permute(0, 3, 1, 2, 4)
+
+
+def _joined(blocks: list[_Partial]) -> _Partial:
+    """Blocks of queries, one after the other."""
+    return blocks[0] if len(blocks) == 1 else _Partial(*(torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True)))
 
 
 def _merged(a: _Partial, b: _Partial) -> _Partial:

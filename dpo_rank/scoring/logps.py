@@ -46,6 +46,9 @@ TESTED_MODEL_TYPES = frozenset(
 SLICE_ELEMENTS = 2**24
 """Logits kept at once: a slice of the head's rows holds at most this many of them (64 MiB in float32)."""
 
+VOCABULARY_SLICE = 2048
+"""Columns of the head that an exported graph computes at a time: 8 MiB in float32 for 1,024 rows."""
+
 _KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention"})
 _CHECK_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}  # nats
 
@@ -122,8 +125,10 @@ class TokenLogProbs(nn.Module):
 
     def head(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probs ``[M]`` of ``targets`` [M] under the model's own head at ``hidden`` [M, width]."""
+        if torch.compiler.is_exporting():
+            return self._vocabulary_slices(hidden, targets)
         size = max(16, SLICE_ELEMENTS // int(self.model.config.vocab_size))
-        if torch.compiler.is_exporting() or hidden.shape[0] <= size:
+        if hidden.shape[0] <= size:
             return self._slice(hidden, targets)
         slices = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
         if hidden.requires_grad:  # recompute the logits in the backward pass instead of keeping them
@@ -135,9 +140,20 @@ class TokenLogProbs(nn.Module):
         return cast("nn.Module", getattr(self.model, trunk_name(self.model)))
 
     def _slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        # squeeze, not [0]: in an exported graph an index is a copy
-        logits = self._head[0](inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0).to(torch.float32)
-        return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - _log_sum_exp(logits))
+        logits = _logits(self._head[0], hidden)
+        return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1))
+
+    def _vocabulary_slices(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The head of an exported graph: logits of a slice of the vocabulary at a time, which stay in a processor's cache."""
+        head = self._head[0]
+        last = self.model.get_output_embeddings()
+        if not isinstance(last, nn.Linear):
+            logits = _logits(head, hidden)
+            return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - _log_sum_exp(logits))
+        starts = range(0, last.out_features, VOCABULARY_SLICE)
+        slices = [_logits(_replaced(head, last, _OutputSlice(last, slice(at, at + VOCABULARY_SLICE))), hidden) for at in starts]
+        sums = torch.stack([_log_sum_exp(logits) for logits in slices], dim=1)
+        return _logits(_replaced(head, last, _OutputAt(last, targets)), hidden)[:, 0] - _log_sum_exp(sums)
 
     def _expanded_hidden(self, layout: Layout[Tensor]) -> Tensor:
         """The same hidden states from the plain padded batch, prompt + candidate a line: the oracle, and the fallback."""
@@ -170,9 +186,7 @@ class TokenLogProbs(nn.Module):
 
 
 def _log_sum_exp(logits: Tensor) -> Tensor:
-    """``[M]`` of ``logits`` [M, vocabulary]."""
-    if not torch.compiler.is_exporting():
-        return torch.logsumexp(logits, dim=1)
+    """``[M]`` of ``logits`` [M, vocabulary], in an exported graph."""
     # Runtimes have a fast softmax and a slow log-sum-exp. The largest weight is 1 / sum(exp(logit - top)).
     return logits.amax(dim=1) - torch.log(torch.softmax(logits, dim=1).amax(dim=1))
 
@@ -286,9 +300,45 @@ class _GivenOutput:
 
 def _head_view(model: Any) -> Any:
     """``model`` with its trunk replaced: its own forward then turns hidden states into logits, scaling and caps included."""
-    head = copy.copy(model)
-    head._modules = {**model._modules, trunk_name(model): _GivenHidden()}
-    return head
+    return _replaced(model, getattr(model, trunk_name(model)), _GivenHidden())
+
+
+def _logits(head: Any, hidden: Tensor) -> Tensor:
+    """What a head view makes of ``hidden`` [M, width], in float32."""
+    # squeeze, not [0]: in an exported graph an index is a copy
+    return cast("Tensor", head(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0).to(torch.float32))
+
+
+def _replaced(model: Any, old: nn.Module, new: nn.Module) -> Any:
+    """A view of ``model`` with ``new`` in the place of its child ``old``."""
+    twin = copy.copy(model)
+    twin._modules = {name: new if child is old else child for name, child in model._modules.items()}
+    return twin
+
+
+class _OutputSlice(nn.Module):
+    """Some of an output embedding's rows."""
+
+    def __init__(self, last: nn.Linear, rows: slice) -> None:
+        super().__init__()
+        self._last, self._rows = (last,), rows  # a tuple, so that nothing is registered twice
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        [last] = self._last
+        return nn.functional.linear(hidden, last.weight[self._rows], None if last.bias is None else last.bias[self._rows])
+
+
+class _OutputAt(nn.Module):
+    """The logit of one token a place: ``hidden`` [1, M, width], ``targets`` [M] -> [1, M, 1]."""
+
+    def __init__(self, last: nn.Linear, targets: Tensor) -> None:
+        super().__init__()
+        self._last, self._targets = (last,), targets
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        [last] = self._last
+        found = (hidden * nn.functional.embedding(self._targets, last.weight)[None]).sum(dim=2, keepdim=True)
+        return found if last.bias is None else found + last.bias[self._targets][None, :, None]
 
 
 def to_tensors(layout: Layout[IntArray], device: torch.device | str) -> Layout[Tensor]:

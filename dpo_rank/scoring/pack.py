@@ -188,7 +188,7 @@ DEFAULT_TOKEN_BUDGET = 1536
 GPU_TOKEN_BUDGET = 4096
 _AREA = 1024
 """Padded places of the attention's score matrix that a token of the budget stands for."""
-_WASTE, _FULL_ENOUGH = 256, 512
+_WASTE, _FULL_ENOUGH = 32, 256
 """A row of `_FULL_ENOUGH` tokens is not widened where that pads more than `_WASTE` places a token."""
 
 
