@@ -78,8 +78,13 @@ class Manifest:
 
     @property
     def has_models(self) -> bool:
-        """Whether the artifact holds both models' weights for torch."""
-        return "policy/config.json" in self.files and "reference/config.json" in self.files
+        """Whether the artifact holds both models' weights for torch: two models, or one base (the reference) and an adapter."""
+        return "reference/config.json" in self.files and ("policy/config.json" in self.files or self.has_adapter)
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the policy is an adapter over the reference."""
+        return "adapter/adapter_config.json" in self.files and "adapter/adapter_model.safetensors" in self.files
 
 
 @dataclass(frozen=True)
@@ -125,12 +130,12 @@ def save(target: str | os.PathLike[str], manifest: Manifest, write: Callable[[Pa
         files = {}
         for file in sorted(building.rglob("*")):
             if file.is_file():
-                _sync(file)
-                files[file.relative_to(building).as_posix()] = (file.stat().st_size, _sha256(file))
+                sync(file)
+                files[file.relative_to(building).as_posix()] = (file.stat().st_size, sha256(file))
         (building / MANIFEST).write_bytes(manifest_bytes(manifest, files))
-        _sync(building / MANIFEST)
+        sync(building / MANIFEST)
         for directory in [*(item for item in building.rglob("*") if item.is_dir()), building]:
-            _sync(directory)
+            sync(directory)
         if path.exists() or path.is_symlink():
             aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent)) / "old"
             path.rename(aside)
@@ -143,7 +148,7 @@ def save(target: str | os.PathLike[str], manifest: Manifest, write: Callable[[Pa
             aside.parent.rmdir()
         else:
             building.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -201,7 +206,7 @@ def load(path: str | os.PathLike[str]) -> Artifact:
         file = _inside(root, name)
         if file.stat().st_size != size:
             raise ArtifactError(f"{name}: has {file.stat().st_size} bytes where {MANIFEST} says {size}: it was cut short or replaced")
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             raise ArtifactError(f"{name}: its SHA-256 is not what {MANIFEST} says: the file was changed or damaged")
     if TOKENIZER not in manifest.files:
         raise ArtifactError(f"{MANIFEST} lists no {TOKENIZER}")
@@ -323,12 +328,14 @@ def _check_external_data(root: Path, name: str, manifest: Manifest) -> None:
             raise ArtifactError(f"{name}: names {location!r} as its external data, which {MANIFEST} does not list beside it")
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on the disk."""
     if path.is_file():
         with path.open("rb+") as file:
             os.fsync(file.fileno())

@@ -148,20 +148,35 @@ def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the ranker to make.")],
     eval_data: Annotated[str | None, typer.Option(help="Held-out rows; by default 5 % of the prompts are held out.")] = None,
     reference: Annotated[str | None, typer.Option(help="Frozen reference; by default the start itself.")] = None,
-    sft: Annotated[bool, typer.Option("--sft", help="First train on the best answers by language modelling.")] = False,
-    beta: Annotated[float, typer.Option(help="Strength of the reference.")] = 0.1,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Of the DPO stage.")] = 5e-5,
-    epochs: Annotated[float, typer.Option(help="Of the DPO stage.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Prompts a step.")] = 8,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Settings in TOML or YAML; options given here win.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="NAME=VALUE for any setting of DPOConfig or TrainingArguments; may be repeated.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option("--loss-type", "--loss", help="sigmoid, softmax, ipo, ...; by default sigmoid for pairs, softmax for lists."),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Strength of the reference [0.1].")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of the DPO stage [5e-5].")] = None,
+    epochs: Annotated[float | None, typer.Option("--num-train-epochs", "--epochs", help="Of the DPO stage [1].")] = None,
+    batch_size: Annotated[int | None, typer.Option("--per-device-train-batch-size", "--batch-size", help="Prompts a step [8].")] = None,
+    sft: Annotated[bool | None, typer.Option("--sft", help="First train on the best answers by language modelling.")] = None,
+    lora: Annotated[int | None, typer.Option("--lora", help="Train LoRA adapters of this rank; the artifact holds one base.")] = None,
+    train_layers: Annotated[int | None, typer.Option(help="Train only the top so many layers; the pair shares the rest.")] = None,
+    precompute: Annotated[
+        bool | None, typer.Option("--precompute-ref-log-probs", help="Score the rows under the reference once, before training.")
+    ] = None,
     max_prompt_tokens: Annotated[int | None, typer.Option(help="Longer prompts lose their left.")] = None,
     max_completion_tokens: Annotated[int | None, typer.Option(help="Longer answers lose their tail.")] = None,
-    evals: Annotated[int, typer.Option(help="How often the held-out agreement is measured.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Mixed precision.")] = False,
-    boundary: Annotated[str, typer.Option(help="'split', or 'joint' as TRL tokenises.")] = "split",
+    evals: Annotated[int | None, typer.Option(help="How often the held-out rows are scored and a checkpoint is written [4].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random [42].")] = None,
+    bf16: Annotated[bool | None, typer.Option("--bf16", help="Mixed precision.")] = None,
+    boundary: Annotated[str | None, typer.Option(help="'split', or 'joint' as TRL tokenises [split].")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="ONNX precisions, the default first; may be repeated [fp32, int8].")] = None,
-    export: Annotated[bool, typer.Option("--export/--no-export", help="Write the graphs that run without torch.")] = True,
-    keep_models: Annotated[bool, typer.Option("--keep-models/--no-keep-models", help="Store both models' weights too.")] = True,
+    export: Annotated[bool | None, typer.Option("--export/--no-export", help="Write the graphs that run without torch.")] = None,
+    keep_models: Annotated[bool | None, typer.Option("--keep-models/--no-keep-models", help="Store both models' weights too.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Describe the rows, time one step, and write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint of the same run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
@@ -169,39 +184,56 @@ def train(
     """Train a ranker on preferences, and export it.
 
     [bold]dpo-rank train[/] --model starter --data pairs.jsonl --output my-ranker
+
+    Ctrl-C finishes the step, writes a checkpoint and stops; the same command with --resume goes on.
     """
     try:
-        from dpo_rank.training.config import DPOConfig
-        from dpo_rank.training.run import train as run
+        from dpo_rank.training import run
+        from dpo_rank.training.settings import adapter, read_settings
     except ImportError:
         raise MissingExtraError("training", "train") from None
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # of loading and writing files; training shows its own
-    config = DPOConfig(
-        beta=beta,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        batch_size=batch_size,
-        sft=sft,
-        max_prompt_tokens=max_prompt_tokens,
-        max_completion_tokens=max_completion_tokens,
-        evals=evals,
-        seed=seed,
-        bf16=bf16,
-        boundary=_one_of("boundary", boundary, ("split", "joint")),
-        precisions=tuple(precision) if precision else ("fp32", "int8"),
-        export=export,
-        keep_models=keep_models,
-        on_error=_on_error(on_error),
-    )
-    result = run(
+    options = {
+        "loss_type": loss,
+        "beta": beta,
+        "learning_rate": learning_rate,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "sft": sft,
+        "train_layers": train_layers,
+        "precompute_ref_log_probs": precompute,
+        "max_prompt_tokens": max_prompt_tokens,
+        "max_completion_tokens": max_completion_tokens,
+        "evals": evals,
+        "seed": seed,
+        "bf16": bf16,
+        "boundary": None if boundary is None else _one_of("boundary", boundary, ("split", "joint")),
+        "precisions": tuple(precision) if precision else None,
+        "export": export,
+        "keep_models": keep_models,
+        "on_error": _on_error(on_error),
+    }
+    found = read_settings(config, settings or (), {name: value for name, value in options.items() if value is not None})
+    peft_config = None if lora is None else adapter(lora)
+    if dry_run:
+        report = run.dry_run(model, data, eval_data=eval_data, reference=reference, config=found, peft_config=peft_config)
+        if as_json:
+            _print_json({**report.data.to_dict(), "held_out_rows": report.held_out_rows, "loss": report.loss, "memory": report.memory,
+                         "seconds_a_step": report.seconds_a_step, "problems": report.problems.messages})  # fmt: skip
+        else:
+            screen.print(tables.of_dry_run(report))
+        return
+    result = run.train(
         model,
         data,
         output,
         eval_data=eval_data,
         reference=reference,
-        config=config,
+        config=found,
+        peft_config=peft_config,
+        resume=resume,
         overwrite=overwrite,
         say=lambda text: errors.print(f"[dim]{_escape(text)}[/]"),
     )
@@ -210,7 +242,9 @@ def train(
     if as_json:
         _print_json({"output": str(result.output), **result.facts})
         return
-    screen.print(tables.of_held_out(result.facts["held_out"], str(result.output)))
+    if "held_out" in result.facts:
+        screen.print(tables.of_held_out(result.facts["held_out"], str(result.output)))
+    screen.print(tables.of_run(result.facts), f"curves: {result.curves}" if result.curves else "")
     screen.print(f"Ranker.load({str(result.output)!r}) or: dpo-rank rank --ranker {result.output} PROMPT ANSWER ANSWER")
 
 

@@ -40,3 +40,7 @@ class MissingExtraError(DpoRankError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs packages that are not installed. Install them with: pip install 'dpo-rank[{extra}]'")
+
+
+class TrainingError(DpoRankError):
+    """A run that cannot go on: a loss or gradient that is not finite, or a checkpoint that does not belong to it."""

@@ -8,12 +8,13 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dpo_rank.evaluation.agreement import Report
     from dpo_rank.evaluation.latency import LatencyReport
     from dpo_rank.ranker import Ranker
     from dpo_rank.ranking import Ranking
+    from dpo_rank.training.run import DryRun
 
 
 def of_ranking(ranking: Ranking, ranker: Ranker) -> Table:
@@ -81,4 +82,39 @@ def of_latency(reports: Sequence[LatencyReport], name: str, num_prompts: int, th
             f"{report.tokens_per_second:,.0f}",
             f"{report.same_best:.1%}",
         )
+    return table
+
+
+def of_run(facts: Mapping[str, Any]) -> Table:
+    """What a training run was."""
+    table = Table(title="training run", title_justify="left", show_header=False)
+    for name in ("base_model", "loss", "rows", "held_out_rows", "epochs", "batch_size", "learning_rate", "best_step", "rows_truncated"):
+        table.add_row(name.replace("_", " "), str(facts.get(name, "")))
+    return table
+
+
+def of_dry_run(report: DryRun) -> Table:
+    """What a training run would read, and how long it would take."""
+    data, seconds = report.data, report.seconds_a_step
+    table = Table(title="dry run: nothing was written", title_justify="left", show_header=False)
+    spread = "{} / {} / {} tokens (median, 95 %, longest)".format
+    total = sum(report.memory.values())
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in report.memory.items())
+    for name, value in (
+        ("rows", f"{data.rows:,} with {data.candidates:,} answers, {data.pairs:,} labelled pairs; {report.held_out_rows} held out"),
+        ("loss", report.loss),
+        ("prompts", spread(*data.prompt_tokens)),
+        ("answers", spread(*data.completion_tokens)),
+        ("too long", f"{data.prompts_cut} prompts and {data.answers_cut} answers are cut"),
+        ("boundary", f"joint tokenisation would differ in {data.boundary_differs:.1%} of the rows"),
+        ("tied", f"{data.tied:,} pairs of answers that the labels leave open"),
+        ("contradictions", f"{data.contradictions} rows turn another row's order"),
+        ("length", f"the longer answer is the better one in {data.longer_is_better:.1%} of the labelled pairs"),
+        ("steps", f"{data.steps:,} of {data.rows_a_step} rows and about {data.tokens_a_step:,.0f} tokens"),
+        ("time", f"about {seconds * data.steps / 60:,.1f} minutes ({seconds:.2f} s a step, one measured), held-out rows and export apart"),
+        ("memory", f"about {total / 2**20:,.0f} MiB ({parts})"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    for message in report.problems.messages[:5]:
+        table.add_row("[yellow]bad row[/]", escape(message))
     return table

@@ -5,9 +5,10 @@
 | pair (TRL)            | ``prompt``, ``chosen``, ``rejected``: texts or chat messages |
 | pair, implicit prompt | ``chosen``, ``rejected`` that begin alike                    |
 | list                  | ``prompt``, ``completions`` and ``scores`` or ``ranks``      |
+| single answer (TRL)   | ``prompt``, ``completion``, ``label``: true or false         |
 | reranking             | ``query``, ``positive``, ``negative`` (each a text or a list)|
 
-Any row may have ``passages``; other keys are kept.
+A pair may have ``score_chosen`` and ``score_rejected``. Any row may have ``passages`` and a ``weight``; other keys are kept.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Example:
         passages: texts (or mappings with ``text``) the answers should rest on.
         where: ``file:line`` of the row, for messages.
         raw: the row as read.
+        weight: how much the row counts in training.
 
     """
 
@@ -49,6 +51,7 @@ class Example:
     passages: tuple[Any, ...] = ()
     where: str = "row"
     raw: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
     def pairs(self) -> list[tuple[int, int]]:
         """``(better, worse)`` candidate indices of every pair that the scores tell apart."""
@@ -202,13 +205,18 @@ def parse(row: Any, where: str = "row", *, labelled: bool = True) -> Example:
         candidates = tuple(_candidate(item, index) for index, item in enumerate(completions))
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-    return Example(prompt, candidates, scores, tuple(passages), where, row)
+    weight = row.get("weight")
+    if weight is None:
+        weight = 1.0
+    if not _is_number(weight) or weight < 0:
+        raise DataError(f"{where}: field 'weight': expected a number of at least 0, got {weight!r}")
+    return Example(prompt, candidates, scores, tuple(passages), where, row, float(weight))
 
 
 def _fields(row: Mapping[str, Any], labelled: bool) -> tuple[Prompt, list[Any], tuple[float, ...] | None]:
     if "chosen" in row or "rejected" in row:
         prompt, chosen, rejected = _pair(row)
-        return prompt, [chosen, rejected], (1.0, 0.0)
+        return prompt, [chosen, rejected], _pair_scores(row)
     if "query" in row and ("positive" in row or "negative" in row):
         positive, negative = _texts(row, "positive"), _texts(row, "negative")
         if labelled and not (positive and negative):
@@ -221,6 +229,11 @@ def _fields(row: Mapping[str, Any], labelled: bool) -> tuple[Prompt, list[Any], 
         if not completions:
             raise DataError("field 'completions': is empty")
         return _prompt(row, "prompt"), list(completions), _scores(row, len(completions), labelled)
+    if "completion" in row:
+        label = row.get("label")
+        if labelled and not isinstance(label, bool):
+            raise DataError(f"field 'label': expected true or false, got {label!r}")
+        return _prompt(row, "prompt"), [row["completion"]], (float(label),) if isinstance(label, bool) else None
     known = "'chosen' and 'rejected'; 'prompt' and 'completions'; or 'query', 'positive' and 'negative'"
     raise DataError(f"fields {sorted(map(str, row))}: a row has {known}")
 
@@ -269,6 +282,24 @@ def _pair(row: Mapping[str, Any]) -> tuple[Prompt, Any, Any]:
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
+def _pair_scores(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The scores of chosen and rejected, 1 and 0 where the row has none."""
+    given = [row.get("score_chosen"), row.get("score_rejected")]
+    if given == [None, None]:
+        return 1.0, 0.0
+    for name, value in zip(("score_chosen", "score_rejected"), given, strict=True):
+        if not _is_number(value):
+            raise DataError(f"field {name!r}: is {value!r}, expected a finite number")
+    chosen, rejected = (float(value) for value in given if value is not None)
+    if chosen < rejected:
+        raise DataError(f"fields 'score_chosen' and 'score_rejected' contradict 'chosen': {chosen:g} is below {rejected:g}")
+    return chosen, rejected
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _shared_text(a: str, b: str) -> int:
     """Length of the prompt that two texts share, as TRL's ``extract_prompt`` splits them: a space before an answer is the answer's."""
     shared = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -295,7 +326,7 @@ def _scores(row: Mapping[str, Any], count: int, labelled: bool) -> tuple[float, 
         found = f"{len(values)} values" if isinstance(values, Sequence) else type(values).__name__
         raise DataError(f"field {name!r}: expected {count} numbers, one for each completion, got {found}")
     for index, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value):
             raise DataError(f"field {name!r}: item {index} is {value!r}, expected a finite number")
     sign = 1.0 if name == "scores" else -1.0
     return tuple(sign * float(value) for value in values)

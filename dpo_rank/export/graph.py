@@ -218,7 +218,9 @@ def fold_transposes(graph: ir.Model) -> None:
 def is_table(value: ir.Value) -> bool:
     """Whether a value is a weight, or some rows of one."""
     cut = value.producer()
-    return value.is_initializer() or (cut is not None and cut.op_type == "Slice" and cut.inputs[0] is not None and cut.inputs[0].is_initializer())
+    return value.is_initializer() or (
+        cut is not None and cut.op_type == "Slice" and cut.inputs[0] is not None and cut.inputs[0].is_initializer()
+    )
 
 
 def _read_transposed(graph: ir.Model, product: ir.Node, table: ir.Value) -> None:

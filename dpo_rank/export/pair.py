@@ -89,7 +89,7 @@ def export_pair(
                     facts["export"][name] = {**report.to_dict(), "rows": "held-out" if sample else "random ids"}
                     logger.info("%s against fp32: %s", name, report)
             if keep_models:
-                write_models(root, pair, encoder)
+                write_models(root, models if models[1] is None else pair, encoder)
             (root / artifacts.TOKENIZER).write_text(encoder.tokenizer.to_str(), encoding="utf-8")
             (root / "README.md").write_text(card.model_card(replace(stated, training=facts), precisions), encoding="utf-8")
 

@@ -141,7 +141,7 @@ class TokenLogProbs(nn.Module):
 
     def _slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = _logits(self._head[0], hidden)
-        return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1))
+        return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
 
     def _vocabulary_slices(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The head of an exported graph: logits of a slice of the vocabulary at a time, which stay in a processor's cache."""
@@ -149,7 +149,7 @@ class TokenLogProbs(nn.Module):
         last = self.model.get_output_embeddings()
         if not isinstance(last, nn.Linear):
             logits = _logits(head, hidden)
-            return cast("Tensor", logits.gather(1, targets[:, None])[:, 0] - _log_sum_exp(logits))
+            return logits.gather(1, targets[:, None])[:, 0] - _log_sum_exp(logits)
         starts = range(0, last.out_features, VOCABULARY_SLICE)
         slices = [_logits(_replaced(head, last, _OutputSlice(last, slice(at, at + VOCABULARY_SLICE))), hidden) for at in starts]
         sums = torch.stack([_log_sum_exp(logits) for logits in slices], dim=1)
@@ -252,7 +252,13 @@ def view(model: Any) -> Any:
         twin._modules = {name: child and clone(child) for name, child in module._modules.items()}
         return twin
 
-    return clone(model)
+    return _own_forward(clone(model))
+
+
+def _own_forward(twin: Any) -> Any:
+    """``twin`` with its class's forward: one put on the instance it was copied from (trainers do so) would run that instance."""
+    twin.__dict__.pop("forward", None)
+    return twin
 
 
 def _set_attention(model: Any) -> None:
@@ -313,7 +319,7 @@ def _replaced(model: Any, old: nn.Module, new: nn.Module) -> Any:
     """A view of ``model`` with ``new`` in the place of its child ``old``."""
     twin = copy.copy(model)
     twin._modules = {name: new if child is old else child for name, child in model._modules.items()}
-    return twin
+    return _own_forward(twin)
 
 
 class _OutputSlice(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -152,10 +153,21 @@ def positions(config: Any) -> int:
     return DEFAULT_POSITIONS
 
 
-def write_models(root: Path, models: tuple[Any, Any], encoder: Encoder) -> None:
-    """``policy/``, ``reference/`` and the tokenizer, as `load_from_artifact` reads them."""
-    for name, model in zip(("policy", "reference"), merged(models), strict=True):
-        model.save_pretrained(root / name)
+def write_models(root: Path, models: tuple[Any, Any | None], encoder: Encoder) -> None:
+    """``policy/`` (or, for a peft policy alone, ``adapter/``), ``reference/`` and the tokenizer, as `load_from_artifact` reads them."""
+    policy, reference = models
+    if reference is None and hasattr(policy, "peft_config"):
+        policy.save_pretrained(root / "adapter")
+        (root / "adapter" / "README.md").unlink(missing_ok=True)  # the artifact has its own
+        settings = root / "adapter" / "adapter_config.json"
+        content = json.loads(settings.read_text(encoding="utf-8")) | {"base_model_name_or_path": "../reference"}
+        settings.write_text(json.dumps(content, indent=1, sort_keys=True), encoding="utf-8")
+        policy, reference = None, merged(models)[1]
+    else:
+        policy, reference = merged(models)
+    for name, model in (("policy", policy), ("reference", reference)):
+        if model is not None:
+            model.save_pretrained(root / name)
     (root / "tokenizer.json").write_text(encoder.tokenizer.to_str(), encoding="utf-8")
 
 
@@ -172,19 +184,28 @@ def merged(models: tuple[Any, Any | None]) -> tuple[Any, Any]:
     return copy.deepcopy(policy).merge_and_unload(), base
 
 
-def load_from_artifact(root: Path) -> tuple[Any, Any]:
-    """Both models of an artifact that was loaded (and so checked) from ``root``, on the CPU."""
-    cpu = torch.device("cpu")
-    return load_model(root / "policy", cpu, "auto"), load_model(root / "reference", cpu, "auto")
+def load_from_artifact(root: Path, device: torch.device | None = None, dtype: Any = "auto") -> tuple[Any, Any | None]:
+    """The models of an artifact that was loaded (and so checked) from ``root``: two, or a peft policy over its base.
+
+    Raises:
+        ArtifactError: it holds none.
+
+    """
+    where = device or torch.device("cpu")
+    if not (root / "reference" / "config.json").is_file():
+        raise ArtifactError("reference/config.json: is missing")
+    reference = load_model(root / "reference", where, dtype)
+    if (root / "adapter" / "adapter_model.safetensors").is_file():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(reference, root / "adapter").eval(), None
+    if not (root / "policy" / "config.json").is_file():
+        raise ArtifactError("policy/config.json: is missing")
+    return load_model(root / "policy", where, dtype), reference
 
 
 def engine_from_artifact(root: Path, device: str, precision: str) -> Engine:
     """The torch engine over an artifact's models."""
     if precision not in ("auto", *DTYPES):
         raise UnavailableError(f"precision {precision!r} is unknown to the torch engine; it has {', '.join(DTYPES)}")
-    where = pick_device(device)
-    for name in ("policy", "reference"):
-        if not (root / name / "config.json").is_file():
-            raise ArtifactError(f"{name}/config.json: is missing")
-    models = (load_model(root / name, where, DTYPES.get(precision, "auto")) for name in ("policy", "reference"))
-    return TorchEngine(*models)
+    return TorchEngine(*load_from_artifact(root, pick_device(device), DTYPES.get(precision, "auto")))

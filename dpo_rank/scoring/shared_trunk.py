@@ -29,7 +29,7 @@ def share_trunk(policy: TokenLogProbs, reference: TokenLogProbs) -> int:
     """
     if not (policy.packed and reference.packed and same_architecture(policy.model, reference.model)):
         return 0
-    ours, theirs = _layers(policy.model), _layers(reference.model)
+    ours, theirs = layers_of(policy.model), layers_of(reference.model)
     if ours is None or theirs is None or not _equal_before(policy.model, reference.model):
         return 0
     shared = 0
@@ -74,7 +74,7 @@ class _TakeOver(_Stand):
         return packed.handed_on
 
 
-def _layers(model: Any) -> nn.ModuleList | None:
+def layers_of(model: Any) -> nn.ModuleList | None:
     """The list of a model's layers."""
     count = int(model.config.num_hidden_layers)
     trunk = getattr(model, trunk_name(model))
@@ -91,7 +91,7 @@ def _equal_before(policy: Any, reference: Any) -> bool:
 
 
 def _before_layers(model: Any) -> Iterator[nn.Module]:
-    layers = _layers(model)
+    layers = layers_of(model)
     holder = next(module for module in model.modules() if any(child is layers for child in module.children()))
     for child in holder.children():
         if child is layers:

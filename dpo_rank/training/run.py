@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,26 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dpo_rank import artifact as artifacts
 from dpo_rank.artifact import Manifest
 from dpo_rank.data.formats import Example, Problems, held_out, prompt_hash, read
-from dpo_rank.errors import ArtifactError, DataError, ModelError
+from dpo_rank.errors import ArtifactError, DataError, ModelError, TrainingError
 from dpo_rank.ranker import Ranker
-from dpo_rank.scoring.derive import CannotExpressError, prompt_format
-from dpo_rank.scoring.encode import Encoder, Limits
-from dpo_rank.scoring.encode import load_tokenizer as tokenizer_of
-from dpo_rank.scoring.pair import load_model, load_tokenizer, positions, tokenizer_json, write_models
-from dpo_rank.scoring.prompt_format import PassageFormat, PromptFormat
-from dpo_rank.training.collate import TrainingGroup
+from dpo_rank.scoring.encode import Encoder
+from dpo_rank.scoring.pair import load_model, write_models
+from dpo_rank.training import checkpoint, prepare
 from dpo_rank.training.config import DPOConfig
-from dpo_rank.training.trainer import PreferenceTrainer
+from dpo_rank.training.prepare import DataFacts
+from dpo_rank.training.progress import CURVES
+from dpo_rank.training.trainer import SFT, DPOTrainer
 
 logger = logging.getLogger(__name__)
 
-MAX_DEFAULT_TOKENS = 1024
-_BOUNDARY_SAMPLE = 200
+BEST = "best.json"
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,38 @@ class TrainingResult:
     """What a run made.
 
     Attributes:
-        output: the artifact, or (without export) the directory of both models.
+        output: the artifact.
         facts: what the artifact says of the run: rows, held-out agreement, temperature, ...
         problems: bad rows that were skipped.
+        curves: a picture of the run, where matplotlib is installed.
 
     """
 
     output: Path
     facts: dict[str, Any]
+    problems: Problems
+    curves: Path | None = None
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a run would do.
+
+    Attributes:
+        data: what it would train on.
+        held_out_rows: what it would be measured on.
+        loss: the loss.
+        seconds_a_step: measured on one step.
+        memory: bytes of weights, gradients, optimizer state and (measured) activations.
+        problems: bad rows that would be skipped.
+
+    """
+
+    data: DataFacts
+    held_out_rows: int
+    loss: str
+    seconds_a_step: float
+    memory: dict[str, int]
     problems: Problems
 
 
@@ -57,6 +80,8 @@ def train(
     eval_data: Any = None,
     reference: str | None = None,
     config: DPOConfig | None = None,
+    peft_config: Any = None,
+    resume: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> TrainingResult:
@@ -69,12 +94,15 @@ def train(
         eval_data: held-out rows; by default ``config.held_out`` of the prompts, by hash, never trained on.
         reference: path or id of the frozen reference; by default the start itself (after ``sft``).
         config: settings.
+        peft_config: train this adapter; the artifact then holds one base and one adapter.
+        resume: go on from the last complete checkpoint of the same run.
         overwrite: replace an existing output.
         say: told what is being done, in words.
 
     Raises:
         DataError: bad rows, or nothing to train on.
         ModelError: the model cannot be loaded, trained through the scoring core, or exported.
+        TrainingError: the run was interrupted, broke, or cannot go on; the message says where it stands.
 
     """
     config = config or DPOConfig()
@@ -85,71 +113,160 @@ def train(
         raise DataError("sft makes the reference itself: give either sft or a reference")
     run = config.run_directory(output)
     problems = Problems()
-    rows = _labelled(data, config, problems)
-    kept, held = (rows, _labelled(eval_data, config, problems)) if eval_data is not None else split(rows, config.held_out)
-    if not kept or not held:
-        raise DataError(f"{len(kept)} rows to train on and {len(held)} held out, with labels that differ: both are needed")
-
-    set_seed(config.seed)
-    path = starter_base() if model == "starter" else model
-    say(f"loading {model}")
-    tokenizer = load_tokenizer(path)
-    policy = load_model(path, torch.device("cpu"), torch.float32)
-    form = _format(tokenizer, kept, config)
-    encoder = _encoder(tokenizer, form, policy, kept, config)
-    train_groups, eval_groups = ([_group(encoder, row) for row in rows] for rows in (kept, held))
-    sample = kept[:: max(1, len(kept) // _BOUNDARY_SAMPLE)]
-    differing = sum(encoder.boundary_differs(row.prompt, row.candidates[0].text) for row in sample) / len(sample)
-    say(f"{len(kept)} rows to train on, {len(held)} held out; joint tokenisation differs at the boundary of {differing:.1%}")
-
-    def save_tokenizer(directory: Path) -> None:
-        tokenizer.save_pretrained(directory)
-
+    kept, held = _rows(data, eval_data, config, problems)
+    start = starter_base() if model == "starter" else model
     if config.sft:
         say("language modelling on the best answers")
-        _fit(policy, None, config, run / "sft", train_groups, eval_groups, save_tokenizer)
-    frozen = load_model(reference, torch.device("cpu"), torch.float32) if reference else _copy(policy)
-    say("DPO")
-    trainer = _fit(policy, frozen, config, run / "dpo", train_groups, eval_groups, save_tokenizer)
-    best = trainer.state.best_model_checkpoint
-    if best is None or trainer.state.best_metric is None:
-        raise ModelError("no checkpoint was written: the held-out agreement is not a number")
-    policy = load_model(best, torch.device("cpu"), torch.float32)
+        start = _stage(_settings(config, run / SFT, sft=True), start, None, kept, held, None, resume, say)[0]
+    say(f"loading {model}")
+    best, trainer = _stage(_settings(config, run / "dpo"), start, reference, kept, held, peft_config, resume, say)
+    described = trainer.describe()
     facts: dict[str, Any] = {
         "base_model": model,
-        "loss": config.loss,
-        "rows": len(kept),
-        "held_out_rows": len(held),
-        "epochs": config.epochs,
+        "loss": trainer.loss_name,
+        "rows": len(trainer.rows),
+        "held_out_rows": len(trainer.eval_rows),
+        "epochs": config.num_train_epochs,
         "learning_rate": config.learning_rate,
-        "batch_size": config.batch_size,
+        "batch_size": described.rows_a_step,
         "seed": config.seed,
         "best_step": int(best.rpartition("-")[2]),
-        "best_held_out_agreement_while_training": round(float(trainer.state.best_metric), 4),
-        "boundary_differs": round(differing, 4),
-        "rows_truncated": encoder.num_truncated,
+        "best_while_training": round(float(trainer.state.best_metric), 4),
+        "boundary_differs": round(described.boundary_differs, 4),
+        "rows_truncated": trainer.encoder.num_truncated,
     }
+    frozen = load_model(reference or start, torch.device("cpu"), torch.float32)
+    if peft_config is None:
+        models: tuple[Any, Any] = (load_model(best, torch.device("cpu"), torch.float32), frozen)
+    else:
+        trainer._load_best_model()
+        models = (trainer.policy.cpu(), None)
     manifest = Manifest(
         beta=config.beta,
-        reward=config.reward,
-        prompt_format=form,
-        limits=encoder.limits,
-        vocabulary=int(policy.config.vocab_size),
-        passage_format=encoder.passage_format,
+        reward=trainer.reward,
+        prompt_format=trainer.form,
+        limits=trainer.encoder.limits,
+        vocabulary=int(frozen.config.vocab_size),
+        passage_format=trainer.encoder.passage_format,
         boundary=config.boundary,
         name=output.name,
         training=facts,
     )
-    del trainer
     try:
-        facts = finish(manifest, (policy, frozen.cpu()), encoder, held, output, config, overwrite=overwrite, say=say)
+        facts = finish(manifest, models, trainer.encoder, trainer.eval_rows, output, config, overwrite=overwrite, say=say)
     except ModelError as error:
         raise ModelError(
             f"{error}. The training is not lost: its policy is {best} (Ranker.from_models, dpo-rank export); "
             "`dpo-rank train --no-export` writes an artifact for the torch engine"
         ) from error
     shutil.rmtree(run / "artifact", ignore_errors=True)
-    return TrainingResult(output, facts, problems)
+    problems.messages += trainer.problems.messages
+    curves = run / "dpo" / CURVES
+    return TrainingResult(output, facts, problems, curves if curves.is_file() else None)
+
+
+def dry_run(
+    model: str, data: Any, *, eval_data: Any = None, reference: str | None = None, config: DPOConfig | None = None, peft_config: Any = None
+) -> DryRun:
+    """Read, encode and describe the rows of a run, and time one step of it; nothing is written.
+
+    Raises:
+        DataError, ModelError: as `train`.
+
+    """
+    config = config or DPOConfig()
+    problems = Problems()
+    kept, held = _rows(data, eval_data, config, problems)
+    start = starter_base() if model == "starter" else model
+    trainer = DPOTrainer(start, reference, _settings(config, Path("dpo-rank-dry-run")), None, kept, held, peft_config=peft_config)
+    before = _peak_memory()
+    seconds = trainer.time_one_step()
+    weights = sum(p.numel() * p.element_size() for p in trainer.policy.parameters())
+    trained = sum(p.numel() * p.element_size() for p in trainer.policy.parameters() if p.requires_grad)
+    memory = {
+        "policy": weights,
+        "reference": 0 if peft_config is not None or config.precompute_ref_log_probs else weights,
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "activations": max(0, _peak_memory() - before - trained),
+    }
+    problems.messages += trainer.problems.messages
+    return DryRun(trainer.describe(), len(trainer.eval_rows), trainer.loss_name, seconds, memory, problems)
+
+
+def _peak_memory() -> int:
+    """Bytes: of the device where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+    import sys
+
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _rows(data: Any, eval_data: Any, config: DPOConfig, problems: Problems) -> tuple[list[Example], list[Example]]:
+    """Rows to train on and rows held out."""
+    rows = list(read(data, on_error=config.on_error, problems=problems))
+    if eval_data is None:
+        kept, held = split(rows, config.held_out)
+    else:
+        kept, held = rows, list(read(eval_data, on_error=config.on_error, problems=problems))
+    if not kept or not held:
+        raise DataError(f"{len(kept)} rows to train on and {len(held)} held out: both are needed")
+    return kept, held
+
+
+def _settings(config: DPOConfig, directory: Path, sft: bool = False) -> DPOConfig:
+    """The settings of one stage, which evaluates and writes a checkpoint ``config.evals`` times."""
+    args = copy.copy(config)
+    args.output_dir = str(directory)
+    if sft:
+        args.loss_type, args.learning_rate, args.num_train_epochs = SFT, config.sft_learning_rate, config.sft_epochs
+    args.eval_strategy, args.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
+    args.eval_steps = args.save_steps = min(1 / config.evals, 1 - 1e-9)  # a share of all steps
+    return args
+
+
+def _stage(
+    args: DPOConfig,
+    start: str,
+    reference: str | None,
+    kept: Sequence[Example],
+    held: Sequence[Example],
+    peft_config: Any,
+    resume: bool,
+    say: Callable[[str], None],
+) -> tuple[str, DPOTrainer]:
+    """Train one stage; returns the best checkpoint, by held-out agreement (language modelling and single answers: by loss)."""
+    directory = Path(args.output_dir)
+    paired = args.loss_type != SFT and any(row.pairs() for row in held)
+    args.metric_for_best_model, args.greater_is_better = ("eval_agreement", True) if paired else ("eval_loss", False)
+    trainer = DPOTrainer(start, reference, args, None, kept, held, peft_config=peft_config)
+    if not trainer.eval_rows:
+        raise DataError("no held-out row has labels that tell its candidates apart")
+    facts = trainer.describe()
+    say(
+        f"{facts.rows} rows to train on ({facts.tokens} tokens), {len(trainer.eval_rows)} held out, loss {trainer.loss_name}; "
+        f"joint tokenisation differs at the boundary of {facts.boundary_differs:.1%}"
+    )
+    done = directory / BEST
+    if resume and done.is_file():
+        found = json.loads(done.read_text(encoding="utf-8"))
+        trainer.state.best_metric = found["metric"]
+        checkpoint.require_same(Path(found["checkpoint"]), trainer._facts)
+        return str(found["checkpoint"]), trainer
+    if not resume and checkpoint.complete(directory):
+        shutil.rmtree(directory)  # of an earlier run that was to be replaced
+    trainer.train(resume_from_checkpoint=resume and checkpoint.last_complete(directory) is not None)
+    if trainer.stop.asked:
+        raise TrainingError(
+            f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the same command with --resume goes on"
+        )
+    best = trainer.state.best_model_checkpoint
+    if best is None or trainer.state.best_metric is None:
+        raise ModelError("no checkpoint was written: the held-out figure is not a number")
+    done.write_text(json.dumps({"checkpoint": best, "metric": trainer.state.best_metric}), encoding="utf-8")
+    return str(best), trainer
 
 
 def finish(
@@ -178,7 +295,7 @@ def finish(
     if config.export:
         from dpo_rank.export.pair import export_pair
 
-        sample = [_group(encoder, row).group for row in held[:200]]
+        sample = [prepare.encode_row(encoder, row).group for row in held[:200]]
         export_pair(
             models,
             encoder,
@@ -194,9 +311,13 @@ def finish(
         artifacts.save(building, manifest, lambda root: write_models(root, models, encoder), overwrite=True)
     say("fitting the temperature and measuring the held-out rows")
     ranker = Ranker.load(building, engine="onnx" if config.export else "torch")
-    scores = score_examples(ranker, held)
-    measured = {**ranker.manifest.training, "held_out": held_out_table(held, scores)}
-    final = replace(ranker.manifest, temperature=calibrate(held, scores).temperature, calibrated=True, training=measured)
+    paired = [row for row in held if row.pairs()]
+    final = ranker.manifest
+    if paired:  # single answers say nothing about the order of several
+        scores = score_examples(ranker, paired)
+        measured = {**final.training, "held_out": held_out_table(paired, scores)}
+        final = replace(final, temperature=calibrate(paired, scores).temperature, calibrated=True, training=measured)
+    measured = dict(final.training)
 
     def write(root: Path) -> None:
         artifacts.load(building).copy_files(root)
@@ -230,105 +351,3 @@ def starter_base() -> str:
         "--model starter: the starter's base lies in the repository under models/starter-base, not in the wheel. Run from a "
         "checkout, rebuild it with `python examples/starter/base.py`, or give the path or hub id of another model"
     )
-
-
-def _labelled(data: Any, config: DPOConfig, problems: Problems) -> list[Example]:
-    """The rows whose labels tell candidates apart."""
-    return [row for row in read(data, on_error=config.on_error, problems=problems) if row.pairs()]
-
-
-def _format(tokenizer: Any, rows: Sequence[Example], config: DPOConfig) -> PromptFormat:
-    try:
-        form = prompt_format(tokenizer, config.string_prompt)
-    except CannotExpressError as error:
-        raise ModelError(f"the tokenizer's chat template cannot be stored in a ranker: {error}") from None
-    if form.chat:
-        return form
-    texts = [candidate.text for row in rows for candidate in row.candidates]
-    spaced = sum(text.startswith(" ") for text in texts) >= 0.95 * len(texts)
-    return replace(form, answer_lead=" ") if spaced else form
-
-
-def _encoder(tokenizer: Any, form: PromptFormat, model: Any, rows: Sequence[Example], config: DPOConfig) -> Encoder:
-    own = Limits.of_positions(positions(model.config))
-    limits = Limits(
-        config.max_prompt_tokens or min(own.max_prompt_tokens, MAX_DEFAULT_TOKENS),
-        config.max_completion_tokens or min(own.max_completion_tokens, MAX_DEFAULT_TOKENS),
-    )
-    if limits.max_prompt_tokens + limits.max_completion_tokens > positions(model.config):
-        raise DataError(f"max_prompt_tokens + max_completion_tokens exceed the model's {positions(model.config)} positions")
-    with_passages = any(row.passages for row in rows)
-    passage_format = config.passage_format or (PassageFormat() if with_passages else None)
-    return Encoder(tokenizer_of(tokenizer_json(tokenizer)), form, limits, passage_format, config.boundary)
-
-
-def _group(encoder: Encoder, row: Example) -> TrainingGroup:
-    try:
-        encoded = encoder.encode(row.prompt, [c.text for c in row.candidates], [c.finished for c in row.candidates], row.passages or None)
-    except DataError as error:
-        raise DataError(f"{row.where}: {error}") from None
-    assert row.scores is not None
-    return TrainingGroup(encoded.group, row.scores)
-
-
-def _fit(
-    policy: Any,
-    reference: Any | None,
-    config: DPOConfig,
-    directory: Path,
-    train_groups: Sequence[TrainingGroup],
-    eval_groups: Sequence[TrainingGroup],
-    save_extra: Callable[[Path], None],
-) -> PreferenceTrainer:
-    """One stage. The best checkpoint by held-out agreement (language modelling: by loss) is the one that is kept."""
-    sft = reference is None
-    if sft:
-        train_groups, eval_groups = ([_best_only(group) for group in groups] for groups in (train_groups, eval_groups))
-    epochs = config.sft_epochs if sft else config.epochs
-    steps = max(1, math.ceil(math.ceil(len(train_groups) / config.batch_size) * epochs))
-    every = max(1, steps // config.evals)
-    args = TrainingArguments(
-        output_dir=str(directory),
-        per_device_train_batch_size=config.batch_size,
-        max_steps=steps,
-        learning_rate=config.sft_learning_rate if sft else config.learning_rate,
-        warmup_steps=round(config.warmup_ratio * steps),
-        weight_decay=config.weight_decay,
-        lr_scheduler_type="cosine",
-        eval_strategy="steps",
-        eval_steps=every,
-        save_strategy="best",
-        save_total_limit=1,
-        metric_for_best_model="eval_loss" if sft else "eval_agreement",
-        greater_is_better=not sft,
-        logging_steps=max(1, min(20, every)),
-        report_to=[],
-        bf16=config.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        seed=config.seed,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-    if args.n_gpu > 1:
-        logger.warning("several GPUs are visible and one is used; start the command with torchrun to use them all")
-        args._n_gpu = 1
-    trainer = PreferenceTrainer(
-        policy, reference, config, train_groups=train_groups, eval_groups=eval_groups, args=args, save_extra=save_extra
-    )
-    trainer.train()
-    if sft:
-        policy.load_state_dict(load_model(trainer.state.best_model_checkpoint, policy.device, policy.dtype).state_dict())
-    return trainer
-
-
-def _best_only(item: TrainingGroup) -> TrainingGroup:
-    best = max(range(len(item.targets)), key=item.targets.__getitem__)
-    return TrainingGroup(replace(item.group, candidates=[item.group.candidates[best]]), (item.targets[best],))
-
-
-def _copy(model: Any) -> Any:
-    import copy
-
-    frozen = copy.deepcopy(model)
-    frozen.config._attn_implementation = "sdpa" if frozen._supports_sdpa else "eager"
-    return frozen

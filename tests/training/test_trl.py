@@ -1,14 +1,9 @@
 """The loss of a batch equals TRL's DPOTrainer from the same raw rows and weights."""
 
 import pytest
-import torch
 
-from dpo_rank.data.formats import parse
-from dpo_rank.scoring.derive import prompt_format
-from dpo_rank.scoring.encode import Encoder, Limits, load_tokenizer
-from dpo_rank.scoring.logps import TokenLogProbs
-from dpo_rank.training.collate import TrainingGroup, collate, layout_of, per_candidate
-from dpo_rank.training.losses import sigmoid
+from dpo_rank import Ranker
+from dpo_rank.training import DPOConfig, DPOTrainer
 from tests.artifacts import tiny_pair
 from tests.toks import KINDS, tokenizer
 
@@ -42,48 +37,74 @@ CHAT = [
 BETA = 0.3
 
 
-def trl_loss(policy, reference, tok, rows, directory):
-    from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+OPTIONS = {"robust": {"label_smoothing": 0.2}, "sigmoid": {"label_smoothing": 0.0}}
 
-    args = DPOConfig(
+
+def trl_trainer(policy, reference, tok, rows, directory, **options):
+    from datasets import Dataset
+    from trl import DPOConfig as Config
+    from trl import DPOTrainer as Trainer
+
+    args = Config(
         output_dir=str(directory),
         beta=BETA,
         max_length=None,
+        per_device_train_batch_size=len(rows),
         per_device_eval_batch_size=len(rows),
         report_to=[],
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
+        save_strategy="no",
+        **options,
     )
     data = Dataset.from_list(rows)
-    trainer = DPOTrainer(model=policy, ref_model=reference, args=args, processing_class=tok, train_dataset=data, eval_dataset=data)
-    return trainer.evaluate()["eval_loss"]
+    return Trainer(model=policy, ref_model=reference, args=args, processing_class=tok, train_dataset=data, eval_dataset=data)
 
 
-def our_loss(policy, reference, tok, rows, boundary):
-    encoder = Encoder(load_tokenizer(tok.backend_tokenizer.to_str()), prompt_format(tok), Limits(500, 500), boundary=boundary)
-    groups = []
-    for row in map(parse, rows):
-        encoded = encoder.encode(row.prompt, [candidate.text for candidate in row.candidates])
-        groups.append(TrainingGroup(encoded.group, row.scores))
-    batch = collate(groups)
-    with torch.no_grad():
-        logps = [TokenLogProbs(model)(layout_of(batch)) for model in (policy, reference)]
-    rewards = BETA * per_candidate(logps[0] - logps[1], batch, mean=False)
-    return float(sigmoid(rewards, batch["mask"], batch["targets"]).mean())
+def our_figures(policy, reference, tok, rows, directory, boundary="joint", **options):
+    args = DPOConfig(str(directory), beta=BETA, boundary=boundary, use_cpu=True, disable_tqdm=True, **options)
+    return DPOTrainer(policy, reference, args, train_dataset=rows, eval_dataset=rows, processing_class=tok).evaluate()
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_loss_equals_trl(kind, chat, tmp_path):
+def test_the_loss_and_the_rewards_equal_trl(kind, chat, tmp_path):
     tok = tokenizer(kind, chat=chat)
-    policy, reference, _ = tiny_pair(tok=tok)
     rows = CHAT if chat else PLAIN
-    theirs = trl_loss(policy, reference, tok, rows, tmp_path)
-    policy, reference, _ = tiny_pair(tok=tok)  # the trainer may have changed the objects it was given
-    split, joint = (our_loss(policy, reference, tok, rows, boundary) for boundary in ("split", "joint"))
-    assert joint == pytest.approx(theirs, abs=1e-5)
-    if kind == "byte-bpe":  # nothing merges across these boundaries: the split is the joint tokenisation
-        assert split == pytest.approx(theirs, abs=1e-5)
-    assert abs(theirs - 0.6931) > 0.005
+    policy, reference, _ = tiny_pair(tok=tok)
+    theirs = trl_trainer(policy, reference, tok, rows, tmp_path).evaluate()
+    policy, reference, _ = tiny_pair(tok=tok)  # a trainer may have changed the objects it was given
+    split, joint = (our_figures(policy, reference, tok, rows, tmp_path, boundary) for boundary in ("split", "joint"))
+    for name in ("eval_loss", "eval_rewards/chosen", "eval_rewards/rejected", "eval_rewards/margins"):
+        assert joint[name] == pytest.approx(theirs[name], abs=1e-5), name
+        if kind == "byte-bpe":  # nothing merges across these boundaries: the split is the joint tokenisation
+            assert split[name] == pytest.approx(theirs[name], abs=1e-5), name
+    assert abs(theirs["eval_loss"] - 0.6931) > 0.005
+
+
+@pytest.mark.parametrize("loss", ["hinge", "ipo", "robust", "sigmoid_norm"])
+def test_every_loss_that_trl_has_too_equals_its(loss, tmp_path):
+    tok = tokenizer(chat=False)
+    policy, reference, _ = tiny_pair(tok=tok)
+    options = OPTIONS.get(loss, {})
+    theirs = trl_trainer(policy, reference, tok, PLAIN, tmp_path, loss_type=[loss], **options).evaluate()
+    policy, reference, _ = tiny_pair(tok=tok)
+    ours = our_figures(policy, reference, tok, PLAIN, tmp_path, loss_type=loss, **options)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["standard", "conversational"])
+def test_a_run_that_trl_trained_is_a_ranker_with_its_rewards(chat, tmp_path):
+    tok = tokenizer(chat=chat)
+    rows = CHAT if chat else PLAIN
+    policy, reference, _ = tiny_pair(tok=tok)
+    trainer = trl_trainer(policy, reference, tok, rows, tmp_path, learning_rate=1e-2, num_train_epochs=3, loss_type=["sigmoid"])
+    trainer.train()
+    found = trainer.evaluate()
+    ranker = Ranker.from_models(trainer.model, trainer.ref_model, tokenizer=tok, beta=BETA, boundary="joint")
+    text = lambda answer: answer if isinstance(answer, str) else answer[0]["content"]  # noqa: E731
+    scores = [ranker.score(row["prompt"], [text(row["chosen"]), text(row["rejected"])]) for row in rows]
+    for place, name in enumerate(("chosen", "rejected")):
+        assert sum(float(pair[place]) for pair in scores) / len(scores) == pytest.approx(found[f"eval_rewards/{name}"], abs=1e-4)
+    assert abs(found["eval_rewards/margins"]) > 0.05
