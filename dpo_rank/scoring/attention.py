@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpo_rank.scoring.pack import Layout
 
@@ -117,20 +118,38 @@ def prefix_shared_attention(
     q, row_k, row_v = (states.transpose(1, 2).squeeze(0) for states in (query, key, value))
     q = (q * (dim**-0.5 if scaling is None else scaling)).reshape(-1, kv_heads, heads // kv_heads, dim)
     k, v = packed.keys_and_values(row_k, row_v)
-    num_prompt = layout.prompt_slot.shape[0]
     sinks = None if s_aux is None else s_aux.to(torch.float32).view(kv_heads, heads // kv_heads, 1)
+    inputs = (attend, layout, q, k, v, row_k, row_v, sinks, packed.past is None)
+    if torch.is_grad_enabled() and q.requires_grad:  # the scores of one layer at a time: they are computed anew in the backward pass
+        out = checkpoint(_whole, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        out = _whole(*inputs)
+    return out.to(query.dtype).flatten(1, 2)[None], None
 
+
+def _whole(
+    attend: _Attend,
+    layout: Layout[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row_k: Tensor,
+    row_v: Tensor,
+    sinks: Tensor | None,
+    no_past: bool,
+) -> Tensor:
+    """``[T, kv_heads, rep, dim]``: prompts over themselves, candidates over their prompt and themselves."""
+    num_prompt = layout.prompt_slot.shape[0]
     prompt_k, prompt_v = _take(k, layout.key_index), _take(v, layout.key_index)
     own = layout.own_index + num_prompt
     run = layout.run_index + num_prompt
-    prompts = attend.prompt(_take(q, layout.prompt_index), prompt_k, prompt_v, layout.past_length, packed.past is None)
+    prompts = attend.prompt(_take(q, layout.prompt_index), prompt_k, prompt_v, layout.past_length, no_past)
     owns = attend.own(_take(q, own), _take(row_k, own), _take(row_v, own))
     runs = attend.prefix(_take(q, run), prompt_k, prompt_v, _take(layout.positions, run), layout.key_length)
     prompt_part = _Partial(*(_untake(part, layout.prompt_slot) for part in prompts))
     own_part = _Partial(*(_untake(part, layout.own_slot) for part in owns))
     run_part = _Partial(*(_untake(part, layout.run_slot) for part in runs))
-    out = torch.cat([_with_sinks(prompt_part, sinks), _with_sinks(_merged(own_part, run_part), sinks)])
-    return out.to(query.dtype).flatten(1, 2)[None], None
+    return torch.cat([_with_sinks(prompt_part, sinks), _with_sinks(_merged(own_part, run_part), sinks)])
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

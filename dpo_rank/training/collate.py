@@ -51,7 +51,7 @@ def within_budget(items: Sequence[TrainingGroup], token_budget: int) -> Iterator
     """Cut ``items`` into runs of at most ``token_budget`` tokens, those of like length together: their padded views waste less."""
     members: list[TrainingGroup] = []
     tokens = 0
-    for item in sorted(items, key=lambda item: (max(map(len, item.group.candidates)), len(item.group.prompt))):
+    for item in sorted(items, key=lambda item: len(item.group.prompt) + max(map(len, item.group.candidates))):
         size = num_tokens(item.group)
         if members and tokens + size > token_budget:
             yield members

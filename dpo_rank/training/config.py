@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from transformers import TrainingArguments
 
 from dpo_rank.data.formats import OnError
@@ -46,7 +47,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
             length, so that the policy need not learn it; ranking does without.
         desirable_weight, undesirable_weight: of KTO.
         train_layers: only the top so many layers, the final norm and an untied head are trained; the pair then shares its lower layers.
-        token_budget: tokens of one packed row; a step's rows are cut into as many packed rows as that takes.
+        token_budget: tokens of one packed row; a step's rows are cut into as many packed rows as that takes. None: 1,024 on a CPU, where
+            larger rows are no faster and take more memory, and 8,192 on a GPU.
         max_prompt_tokens, max_completion_tokens: longer prompts lose their left, longer answers their tail, and both are counted.
             None: half of the model's positions each, 1,024 at most.
         boundary, string_prompt, passage_format: how rows become tokens; stored in the artifact.
@@ -106,7 +108,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     train_layers: int | None = None
-    token_budget: int = 2048
+    token_budget: int | None = None
     max_prompt_tokens: int | None = None
     max_completion_tokens: int | None = None
     boundary: Boundary = "split"
@@ -163,6 +165,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
             "sft_learning_rate",
             "evals",
         )
+        if self.token_budget is None:
+            self.token_budget = 8192 if torch.cuda.is_available() and not self.use_cpu else 1024
         for name in (*above_zero, "loss_temperature", "token_budget"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -176,6 +180,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
             self.warmup_steps = int(self.warmup_steps)
         elif self.warmup_steps and hasattr(self, "warmup_ratio"):  # transformers 4 has two settings for it
             self.warmup_ratio, self.warmup_steps = self.warmup_steps, 0
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
 
     def resolved(self, name: str) -> tuple[LossKind, dict[str, Any], RewardForm]:

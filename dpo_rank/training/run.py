@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -178,9 +179,10 @@ def dry_run(
     problems = Problems()
     kept, held = _rows(data, eval_data, config, problems)
     start = starter_base() if model == "starter" else model
-    trainer = DPOTrainer(start, reference, _settings(config, Path("dpo-rank-dry-run")), None, kept, held, peft_config=peft_config)
-    before = _peak_memory()
-    seconds = trainer.time_one_step()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = DPOTrainer(start, reference, _settings(config, Path(scratch)), None, kept, held, peft_config=peft_config)
+        before = _peak_memory()
+        seconds = trainer.time_one_step()
     weights = sum(p.numel() * p.element_size() for p in trainer.policy.parameters())
     trained = sum(p.numel() * p.element_size() for p in trainer.policy.parameters() if p.requires_grad)
     memory = {
