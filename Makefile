@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST ?= -n 2
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs soak clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check dpo_rank tests examples benchmarks docs
 	$(BIN)/ruff format --check dpo_rank tests examples benchmarks docs
 	$(BIN)/mypy
+
+soak: $(VENV)/.dev  ## kill a training run 50 times, at every write point, and compare it with an undisturbed one
+	DPO_RANK_SOAK=50 $(BIN)/python -m pytest -s tests/training/test_checkpoint.py
 
 docs: $(VENV)/.dev  ## the table of chat templates
 	$(BIN)/python docs/make_templates.py

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 MISFIT_NATS = 2.5
 """Mean |log-ratio| per token beyond which policy and reference are hardly a pair (measured; see docs/pairs.md)."""
-_LOGITS_BUDGET = 2**27  # logits of one row in an exported graph: 512 MiB in float32, and as much for their softmax
+_LOGITS_BUDGET = 2**27  # logits of a row, which the first exported graphs held at once: 512 MiB in float32
 
 Answer = str | Candidate | Mapping[str, Any]
 

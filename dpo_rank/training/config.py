@@ -40,7 +40,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         label_smoothing: share of turned labels, for sigmoid, robust and softmax.
         beta: strength of the reference (Rafailov et al. 2023, equation 4); for IPO its tau.
         reward: ``"sum"`` or ``"mean"`` of a candidate's log-ratios; None: what the loss prescribes, else the sum.
-        loss_temperature: of softmax and listnet.
+        loss_temperature: of softmax and listnet, in nats.
+        target_temperature: of listnet: the difference of scores that makes an answer e times as likely to be the best.
         score_margin: of sigmoid: the margin that a difference of 1 between two scores asks for.
         soft_labels: scores are shares of annotators (sigmoid, softmax) or probabilities (pointwise).
         length_alpha: R-DPO (Park et al. 2024, arXiv 2403.19159, equation 9): reward per token that training credits to a candidate's
@@ -102,6 +103,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
     # ours
     reward: RewardForm | None = None
     loss_temperature: float = 1.0
+    target_temperature: float = 1.0
     score_margin: float = 0.0
     soft_labels: bool = False
     length_alpha: float = 0.0
@@ -166,7 +168,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
             "evals",
         )
         if self.token_budget is None:
-            self.token_budget = 8192 if torch.cuda.is_available() and not self.use_cpu else 1024
+            self.token_budget = 8192 if torch.cuda.is_available() and not getattr(self, "use_cpu", False) else 1024
         for name in (*above_zero, "loss_temperature", "token_budget"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name} must be above 0, not {getattr(self, name)}")
@@ -194,6 +196,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         given: dict[str, tuple[str, Any, Any]] = {  # our name: the loss's name, the value, the default
             "label_smoothing": ("label_smoothing", self.label_smoothing, 0.0),
             "loss_temperature": ("temperature", self.loss_temperature, 1.0),
+            "target_temperature": ("target_temperature", self.target_temperature, 1.0),
             "score_margin": ("margin", self.score_margin, 0.0),
             "soft_labels": ("soft", self.soft_labels, False),
             "desirable_weight": ("desirable_weight", self.desirable_weight, 1.0),

@@ -113,6 +113,10 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         self.loss_name = _loss_of(rows, str(args.loss_type))
         self._sft = self.loss_name == SFT
         self.kind, self._options, self.reward = (LOSSES["sigmoid"], {}, "sum") if self._sft else args.resolved(self.loss_name)
+        if self.kind.function is kto and args.per_device_train_batch_size < 2:
+            raise DataError(
+                "kto estimates its reference point on the answers to other prompts of a batch: per_device_train_batch_size >= 2"
+            )
         self.rows = prepare.trainable(rows, single=self.kind.single or self._sft, on_error=args.on_error, problems=self.problems)
         if not self.rows:
             raise DataError("nothing to train on: no row has labels that tell its candidates apart")
@@ -136,7 +140,9 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         reference = None if self._frozen is None else TokenLogProbs(self._frozen)
         if args.gradient_checkpointing:
             plain.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            args.gradient_checkpointing = False  # done: the trainer would ask a module for it that is no transformers model
+            for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 4 and 5
+                if hasattr(args, name):  # done: the trainer would ask a module for it that is no transformers model
+                    setattr(args, name, False)
         self.train_groups = self._groups(self.rows)
         self.eval_rows = [] if eval_dataset is None else self._held_out_rows(eval_dataset, args)
         self.eval_groups = self._groups(self.eval_rows)
@@ -144,7 +150,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         super().__init__(
             model=TokenLogProbs(plain, borrow=False),
             args=args,
-            data_collator=Collator(args.token_budget, mismatched=self.kind.function is kto),
+            data_collator=Collator(cast("int", args.token_budget), mismatched=self.kind.function is kto),
             train_dataset=cast("Any", self.train_groups),
             eval_dataset=cast("Any", self.eval_groups) if self.eval_rows else None,
             callbacks=callbacks,
@@ -185,7 +191,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         cache = Path(self.args.output_dir or ".")
         precision = f"bf16={self.args.bf16} fp16={self.args.fp16}"
         total = len(self.train_groups) + len(self.eval_groups)
-        with self.compute_loss_context_manager(), self.accelerator.main_process_first(), self.bar.counting("reference", total) as told:
+        with self.accelerator.autocast(), self.accelerator.main_process_first(), self.bar.counting("reference", total) as told:
             for groups in (self.train_groups, self.eval_groups):
                 groups[:] = with_reference(reference, groups, self.args.token_budget, cache, precision, told)
         self.reference = self._frozen = None
@@ -283,7 +289,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
             reference = part["reference"]
         else:
             assert self.reference is not None
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():
                 reference = per_candidate(self.reference(layout_of(part)), part)
         ratios = policy_sums - reference
         if self.reward == "mean":
@@ -293,7 +299,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
     def _reference_point(self, model: Any, slices: list[Slice]) -> Tensor:
         """KTO's estimate of ``beta`` times the divergence: the mean reward of answers to other prompts, at least 0."""
         total, count = torch.zeros((), device=self.args.device), torch.zeros((), device=self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():
             for given in slices:
                 part = self._prepare_inputs(given)
                 rewards = self._rewards(per_candidate(model(layout_of(part)), part), part)
@@ -328,20 +334,24 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Loss on held-out rows and, with a reference, what `HeldOut` holds: agreement with its interval, rewards, the lean on length."""
         groups = self.eval_groups if eval_dataset is None else self._groups(self._held_out_rows(eval_dataset, self.args))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measure(self.held_out(groups)).items()}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def held_out(self, groups: Sequence[TrainingGroup]) -> HeldOut:
+        """Losses and rewards of rows that are not trained on."""
         model = self.accelerator.unwrap_model(self.model)
         training, found = model.training, HeldOut()
         model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.accelerator.autocast():
             for given in self.data_collator.slices(groups):
                 part = self._prepare_inputs(given)
                 if self.data_collator.mismatched:
                     part["reference_point"] = 0.0
                 found.add(*self._losses(model, part), part)
         model.train(training)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measure(found).items()}
-        self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return found
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

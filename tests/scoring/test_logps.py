@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dpo_rank.errors import ModelError
+from dpo_rank.scoring import logps
 from dpo_rank.scoring.engine import score
 from dpo_rank.scoring.logps import TokenLogProbs, cannot_pack, to_tensors
 from dpo_rank.scoring.pack import Group, pack, pieces
@@ -51,6 +52,39 @@ def test_log_probs_equal_the_plain_forward_pass(name):
         for case, groups in cases().items():
             difference = (scorer(to_tensors(pack(groups).layout, "cpu")) - plain_logps(model, groups)).abs().max()
             assert difference < 1e-4, case
+
+
+def test_a_model_whose_forward_a_trainer_replaced_scores_as_before():
+    """TRL's fused head and accelerate put a forward on the instance, bound to that instance; a view must not run it."""
+    model = tiny("llama")
+    layout = to_tensors(pack(cases()["ragged, several prompts"]).layout, "cpu")
+    with torch.no_grad():
+        expected = TokenLogProbs(model)(layout)
+        original = model.forward
+        model.forward = lambda *args, **kwargs: original(*args, **kwargs)
+        assert torch.equal(TokenLogProbs(model)(layout), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "granite", "opt", "cohere"])
+def test_the_head_in_slices_of_the_vocabulary_is_the_head(name, monkeypatch):
+    monkeypatch.setattr(logps, "VOCABULARY_SLICE", 30)
+    scorer = TokenLogProbs(tiny(name))
+    layout = to_tensors(pack(cases()["many"]).layout, "cpu")
+    with torch.no_grad():
+        hidden = scorer.hidden(layout)
+        torch.testing.assert_close(
+            scorer._vocabulary_slices(hidden, layout.targets), scorer.head(hidden, layout.targets), rtol=1e-5, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 66, 129])
+def test_own_attention_in_blocks_equals_the_plain_forward_pass(length):
+    rng = np.random.default_rng(length)
+    groups = [Group(tokens(rng, 5), [tokens(rng, length), tokens(rng, max(1, length - 3)), tokens(rng, 2)])]
+    model = tiny("llama", max_position_embeddings=256)
+    with torch.no_grad():
+        difference = (TokenLogProbs(model)(to_tensors(pack(groups).layout, "cpu")) - plain_logps(model, groups)).abs().max()
+    assert difference < 1e-4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt-oss", "granite", "opt"])
