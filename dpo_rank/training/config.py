@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +21,14 @@ from dpo_rank.scoring.prompt_format import PassageFormat, StringPrompt
 from dpo_rank.training.losses import LOSSES, LossKind, check_options
 
 AUTO = "auto"
+MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
+
+
+def _put_back(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(MIXED_PRECISION, None)
+    else:
+        os.environ[MIXED_PRECISION] = before
 
 
 @dataclass
@@ -184,7 +194,22 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
             self.warmup_ratio, self.warmup_steps = self.warmup_steps, 0
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        before = os.environ.get(MIXED_PRECISION)
         super().__post_init__()
+        _put_back(before)
+
+    @contextlib.contextmanager
+    def accelerator_precision(self) -> Iterator[None]:
+        """transformers 4 tells accelerate of bf16 and fp16 in the environment, and leaves it there: the next run in the same process would
+        train in a precision that nobody asked for. Here the setting lasts as long as an accelerator is made.
+        """  # noqa: D403
+        before = os.environ.get(MIXED_PRECISION)
+        if self.bf16 or self.fp16:
+            os.environ[MIXED_PRECISION] = "bf16" if self.bf16 else "fp16"
+        try:
+            yield
+        finally:
+            _put_back(before)
 
     def resolved(self, name: str) -> tuple[LossKind, dict[str, Any], RewardForm]:
         """The loss of this name with the options that were set for it, and the form of its rewards.

@@ -147,15 +147,16 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         self.eval_rows = [] if eval_dataset is None else self._held_out_rows(eval_dataset, args)
         self.eval_groups = self._groups(self.eval_rows)
         self._facts = self._run_facts(plain, args)
-        super().__init__(
-            model=TokenLogProbs(plain, borrow=False),
-            args=args,
-            data_collator=Collator(cast("int", args.token_budget), mismatched=self.kind.function is kto),
-            train_dataset=cast("Any", self.train_groups),
-            eval_dataset=cast("Any", self.eval_groups) if self.eval_rows else None,
-            callbacks=callbacks,
-            optimizers=optimizers,
-        )
+        with args.accelerator_precision():
+            super().__init__(
+                model=TokenLogProbs(plain, borrow=False),
+                args=args,
+                data_collator=Collator(cast("int", args.token_budget), mismatched=self.kind.function is kto),
+                train_dataset=cast("Any", self.train_groups),
+                eval_dataset=cast("Any", self.eval_groups) if self.eval_rows else None,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         self.model_accepts_loss_kwargs = True  # the loss is divided by the step's rows, accumulation and processes included
         for printing in (ProgressCallback, PrinterCallback):  # they write to stdout, which belongs to a command's result
             self.remove_callback(printing)

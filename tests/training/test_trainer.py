@@ -70,7 +70,7 @@ def test_the_first_loss_of_a_pair_and_its_copy_is_log_2(tmp_path, bf16):
     """Policy and reference run in one precision, else the pair begins with a difference that training did not make."""
     trainer = trainer_of(tmp_path, reference=False, bf16=bf16, max_steps=1, learning_rate=1e-9, logging_steps=1)
     trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=6e-5)  # transformers 4 rounds it
 
 
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
