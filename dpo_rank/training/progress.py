@@ -157,6 +157,10 @@ def plot(history: Sequence[dict[str, float]], path: Path) -> bool:
             if band:
                 axis.fill_between(*zip(*band, strict=True), alpha=0.15, label="95 %")
             axis.axhline(0.5, color="0.7", linewidth=0.8)
+            axis.set_ylim(0, 1)
+        if key == "eval_margin_length_correlation":
+            axis.axhline(0, color="0.7", linewidth=0.8)
+            axis.set_ylim(-1, 1)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
