@@ -141,15 +141,14 @@ class TokenLogProbs(nn.Module):
 
     def _slice(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = _logits(self._head[0], hidden)
-        return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+        return _at(logits, targets) - torch.logsumexp(logits, dim=1)
 
     def _vocabulary_slices(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The head of an exported graph: logits of a slice of the vocabulary at a time, which stay in a processor's cache."""
         head = self._head[0]
         last = self.model.get_output_embeddings()
         if not isinstance(last, nn.Linear):
-            logits = _logits(head, hidden)
-            return logits.gather(1, targets[:, None])[:, 0] - _log_sum_exp(logits)
+            return _at(logits := _logits(head, hidden), targets) - _log_sum_exp(logits)
         starts = range(0, last.out_features, VOCABULARY_SLICE)
         slices = [_logits(_replaced(head, last, _OutputSlice(last, slice(at, at + VOCABULARY_SLICE))), hidden) for at in starts]
         sums = torch.stack([_log_sum_exp(logits) for logits in slices], dim=1)
@@ -313,6 +312,11 @@ def _logits(head: Any, hidden: Tensor) -> Tensor:
     """What a head view makes of ``hidden`` [M, width], in float32."""
     # squeeze, not [0]: in an exported graph an index is a copy
     return cast("Tensor", head(inputs_embeds=hidden[None], use_cache=False).logits.squeeze(0).to(torch.float32))
+
+
+def _at(logits: Tensor, targets: Tensor) -> Tensor:
+    """``[M]``: the targets' logits."""
+    return logits.gather(1, targets[:, None])[:, 0]
 
 
 def _replaced(model: Any, old: nn.Module, new: nn.Module) -> Any:

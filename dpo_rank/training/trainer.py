@@ -377,7 +377,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
             path = checkpoint.last_complete(run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             if path is None:
                 raise TrainingError(f"{run} holds no complete checkpoint to go on from")
-            if (what := checkpoint.problem(path)) is not None:
+            if resume_from_checkpoint is not True and (what := checkpoint.problem(path)) is not None:  # the last one was read already
                 raise TrainingError(f"{path} cannot be continued: {what}")
             checkpoint.require_same(path, self._facts)
             found = str(path)
