@@ -23,7 +23,8 @@ import numpy as np
 from rich.console import Console
 
 from dpo_rank.data.formats import Example, read
-from dpo_rank.evaluation.agreement import figure, pair_agreement
+from dpo_rank.evaluation.agreement import pair_agreement
+from dpo_rank.evaluation.intervals import figure
 from dpo_rank.training import DPOConfig, DPOTrainer
 from dpo_rank.training.heldout import measure
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from dpo_rank.confidence import Confidence, Familiarity, LengthCorrection
 from dpo_rank.errors import ArtifactError
 from dpo_rank.scoring.encode import Boundary, Limits
 from dpo_rank.scoring.engine import RewardForm
@@ -50,6 +51,9 @@ class Manifest:
         training: facts of the run that made it, and its measured figures.
         default_precision: what ``precision="auto"`` means; empty where there are no graphs.
         default_precision_reason: why, in words.
+        confidence: how often it is wrong at which margin, where that was measured.
+        familiarity: what its reference is used to read, likewise.
+        correction: for its lean on length, likewise.
         files: size and SHA-256 of every other file.
 
     """
@@ -68,6 +72,9 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
     default_precision: str = ""
     default_precision_reason: str = ""
+    confidence: Confidence | None = None
+    familiarity: Familiarity | None = None
+    correction: LengthCorrection | None = None
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
@@ -179,6 +186,9 @@ def manifest_bytes(manifest: Manifest, files: Mapping[str, tuple[int, str]]) -> 
         "vocabulary": manifest.vocabulary,
         "default_precision": {"name": manifest.default_precision, "why": manifest.default_precision_reason},
         "training": dict(manifest.training),
+        "confidence": manifest.confidence.to_dict() if manifest.confidence else None,
+        "familiarity": manifest.familiarity.to_dict() if manifest.familiarity else None,
+        "correction": manifest.correction.to_dict() if manifest.correction else None,
         "files": {name: {"size": size, "sha256": digest} for name, (size, digest) in sorted(files.items())},
         "self_sha256": _NO_SELF,
     }
@@ -259,6 +269,7 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
     if min(limits.max_prompt_tokens, limits.max_completion_tokens) < 1:
         raise ValueError("'limits' (at least one token each)")
     passage_format = content.get("passage_format")
+    confidence, familiarity, correction = (content.get(name) for name in ("confidence", "familiarity", "correction"))
     default = content.get("default_precision", {})
     manifest = Manifest(
         beta=beta,
@@ -275,6 +286,9 @@ def _manifest(content: Mapping[str, Any]) -> Manifest:
         training=dict(content.get("training", {})),
         default_precision=str(default.get("name", "")),
         default_precision_reason=str(default.get("why", "")),
+        confidence=Confidence.from_dict(confidence) if confidence else None,
+        familiarity=Familiarity.from_dict(familiarity) if familiarity else None,
+        correction=LengthCorrection.from_dict(correction) if correction else None,
         files={_checked_name(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in content["files"].items()},
     )
     if manifest.precisions and not manifest.default_precision:  # written before manifests named it

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ from dpo_rank.errors import DataError, DpoRankError, MissingExtraError
 
 if TYPE_CHECKING:
     from dpo_rank.data.formats import Example, OnError, Problems
+    from dpo_rank.evaluation.baselines import Scored
     from dpo_rank.ranker import Ranker
     from dpo_rank.ranking import Ranking
 
@@ -286,67 +287,121 @@ def export(
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Option("--data", "-d", help="Labelled rows: a file or a hub id.")],
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Labelled rows: a file or a hub id.")] = None,
     ranker: RankerOption = "starter",
     rankings: Annotated[str | None, typer.Option(help="Rows with a 'ranking' already in them (by any ranker): no model is run.")] = None,
-    by: Annotated[str, typer.Option(help="Key of the rows to slice by.")] = "subset",
+    report: Annotated[Path | None, typer.Option(help="Directory for a page (HTML), JSON, a summary and each row's scores.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Another ranker of ours, by path or id, compared row by row.")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="cross-encoder:ID, reward-model:ID, ranker:ID, rankings:FILE or module:function; may be repeated."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="reward-bench, reward-bench-2, rm-bench or judgebench, in its own schema.")] = None,
+    train_data: Annotated[str | None, typer.Option(help="Rows it was trained on, to find prompts that stand on both sides.")] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Key of the rows to slice by; may be repeated [subset, source, domain, language].")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Read the first so many rows.")] = None,
     on_error: OnErrorOption = "raise",
     engine: EngineOption = "auto",
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     threads: ThreadsOption = None,
+    correction: Annotated[bool, typer.Option("--correction", help="With the ranker's correction for length.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """How often a ranker agrees with labels, beside the length rules and a coin."""
+    """How often a ranker agrees with labels, how sure it is, and what rules that read no meaning would get.
+
+    [bold]dpo-rank evaluate[/] --ranker R --data held-out.jsonl --report out/
+    """
+    import itertools
+    from dataclasses import replace
+
     from dpo_rank.data.formats import Problems, read
-    from dpo_rank.evaluation.agreement import BASELINES, evaluate_scores, score_examples
+    from dpo_rank.evaluation import baselines, presets
+    from dpo_rank.evaluation.evaluate import BY, assemble
+    from dpo_rank.evaluation.evaluate import evaluate as measure
+    from dpo_rank.evaluation.report import write_report
 
     problems = Problems()
+    keys = tuple(by) if by else BY
     source = rankings if rankings is not None else data
-    examples = [row for row in read(_source(source), on_error=_on_error(on_error), problems=problems) if row.pairs()]
-    if not examples:
-        raise DataError(f"{source}: no row has labels that tell its candidates apart")
-    if rankings is not None:
-        name, scores = _given_scores(examples)
+    if preset is None and source is None:
+        raise DataError("nothing to evaluate on: give --data, --rankings or --preset")
+    if preset is not None:
+        rows = presets.rows(preset, source)
+        source = source or presets.PRESETS[preset].source
     else:
-        loaded = _load(ranker, engine, device, precision, threads)
-        name = loaded.name
+        rows = read(_source(source or ""), on_error=_on_error(on_error), problems=problems)
+    examples = list(itertools.islice(rows, limit))
+    seen = list(read(_source(train_data), on_error="skip")) if train_data is not None else []
+    given = [spec for spec in baseline or () if spec.startswith("rankings:")]
+    others = [spec for spec in baseline or () if spec not in given] + ([f"ranker:{compare}"] if compare is not None else [])
+    explain = None
+    assert source is not None
+    if rankings is not None:
+        used = [example for example in examples if example.pairs()]
+        name, scores = _given_scores(used)
+        scored = [*baselines.by_rules(used), *(baselines.by_name(spec, used) for spec in others)]
+        scored += [_rankings_of(spec, used) for spec in given]
+        found = assemble(baselines.Scored(name, scores), scored, used, source, by=keys, train=seen)
+    else:
+        loaded = _load(ranker, engine, device, precision, threads, correction)
         with _progress("scoring", len(examples)) as step:
-            scores = list(score_examples(loaded, examples, step))
-    reports = [evaluate_scores(name, examples, scores, by)]
-    reports += [evaluate_scores(rule, examples, rule_scores(examples), by) for rule, rule_scores in BASELINES.items()]
+            found = measure(loaded, examples, source, by=keys, others=others, train=seen, progress=step)
+        if given:
+            scored = [*found.scored[1:], *(_rankings_of(spec, found.examples) for spec in given)]
+            more = assemble(found.scored[0], scored, found.examples, source, by=keys, facts=found.facts, train=seen)
+            found = replace(found, reports=more.reports, scored=more.scored, comparisons=more.comparisons, warnings=more.warnings)
+
+        def explain(example: Example, index: int) -> Any:
+            return loaded.explain(example.prompt, example.candidates[index], passages=example.passages or None)
+
+    if preset is not None:
+        found = replace(found, published=presets.PRESETS[preset].aggregate(found.examples, found.scores))
     _tell(problems)
+    page = None if report is None else write_report(found, report, explain, f"dpo-rank {' '.join(sys.argv[1:])}")
     if as_json:
-        _print_json({"data": source, "reports": [report.to_dict() for report in reports], "skipped": len(problems)})
+        _print_json({**_without_nan(found.to_dict()), "skipped": len(problems), "report": None if page is None else str(page)})
         return
-    screen.print(tables.of_reports(reports, source))
+    screen.print(tables.of_evaluation(found), tables.of_slices(found))
+    if found.published:
+        screen.print(tables.of_published(found.published, str(preset)))
+    screen.print(f"Style: {_escape(found.length.verdict)}. Length explains {found.explained['length']:.0%} of the scores' variance.")
+    if found.sureness is not None:
+        stored = found.sureness.stored
+        screen.print(
+            f"Calibration error {stored.ece.value:.3f} at temperature {stored.temperature:.3g} (a perfect model here: "
+            f"{stored.ece_of_perfect:.3f})."
+        )
+    for text in found.warnings:
+        screen.print(f"[yellow]{_escape(text)}[/]")
+    if page is not None:
+        screen.print(f"report: {page}")
 
 
 @app.command()
 def calibrate(
     data: Annotated[str, typer.Option("--data", "-d", help="Labelled rows that the ranker was not trained on.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the ranker goes with its new temperature.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the ranker goes with what was fitted.")],
     ranker: RankerOption = "starter",
+    correction: Annotated[bool, typer.Option("--correction", help="Fit a correction for length too.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
-    """Fit the temperature that turns margins into probabilities."""
+    """Fit what turns margins into probabilities, tells when to abstain, and knows unfamiliar prompts."""
     from dpo_rank.data.formats import Problems, read
 
     loaded = _load(ranker, "auto", "auto", "auto", None)
     problems = Problems()
-    report = loaded.calibrate(read(_source(data), on_error=_on_error(on_error), problems=problems))
+    report = loaded.calibrate(read(_source(data), on_error=_on_error(on_error), problems=problems), correction=correction)
     loaded.save(output, overwrite=overwrite)
     _tell(problems)
     if as_json:
         _print_json({"output": str(output), **report.to_dict()})
         return
-    screen.print(
-        f"temperature {report.temperature:.4g} on {report.num_pairs} pairs of {report.num_prompts} prompts; "
-        f"agreement {report.agreement:.3f}; "
-        f"nll {report.nll_before:.4f} -> {report.nll_after:.4f} nats (a coin: 0.6931). Saved to {output}"
-    )
+    screen.print(tables.of_calibration(report), f"saved to {output}")
 
 
 @app.command()
@@ -426,10 +481,10 @@ def bench_latency(
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _load(ranker: str, engine: str, device: str, precision: str, threads: int | None) -> Ranker:
+def _load(ranker: str, engine: str, device: str, precision: str, threads: int | None, correction: bool = False) -> Ranker:
     from dpo_rank.ranker import Ranker
 
-    return Ranker.load(ranker, engine=engine, device=device, precision=precision, threads=threads)
+    return Ranker.load(ranker, engine=engine, device=device, precision=precision, threads=threads, correction=correction)
 
 
 def _given(prompt: str | None, answers: list[str] | None) -> tuple[str, list[str]]:
@@ -511,7 +566,7 @@ def ranking_entry(ranking: Ranking, name: str) -> dict[str, Any]:
     }
 
 
-def _given_scores(examples: list[Example]) -> tuple[str, list[Any]]:
+def _given_scores(examples: Sequence[Example]) -> tuple[str, list[Any]]:
     """Scores that rows bring along, from their ``ranking``'s scores or order."""
     import numpy as np
 
@@ -529,6 +584,29 @@ def _given_scores(examples: list[Example]) -> tuple[str, list[Any]]:
         found.append(np.array(scores, dtype=np.float64))
         names.add(str(entry.get("ranker", "rankings")))
     return " + ".join(sorted(names)), found
+
+
+def _rankings_of(spec: str, used: Sequence[Example]) -> Scored:
+    """Scores that another file's rows bring along, for the same prompts in the same order."""
+    from dpo_rank.data.formats import prompt_hash, read
+    from dpo_rank.evaluation.baselines import Scored
+
+    name = spec.partition(":")[2]
+    theirs = {prompt_hash(example.prompt): example for example in read(_source(name), labelled=False)}
+    rows = []
+    for example in used:
+        other = theirs.get(prompt_hash(example.prompt))
+        if other is None or [c.text for c in other.candidates] != [c.text for c in example.candidates]:
+            raise DataError(f"{name}: has no ranking of the candidates of {example.where}")
+        rows.append(other)
+    found, scores = _given_scores(rows)
+    return Scored(f"{found} ({Path(name).name})", scores)
+
+
+def _without_nan(value: Any) -> Any:
+    from dpo_rank.evaluation.report import finite
+
+    return finite(value)
 
 
 def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:

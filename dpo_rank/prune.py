@@ -28,11 +28,13 @@ class Partial:
     Attributes:
         ratios: log-ratios in nats of the tokens read, policy - reference.
         num_tokens: of the whole candidate.
+        offset: added to the reward once it is read, whatever its tokens are.
 
     """
 
     ratios: FloatArray
     num_tokens: int
+    offset: float = 0.0
 
     @property
     def left(self) -> int:
@@ -91,7 +93,7 @@ def forecast(partials: Sequence[Partial], beta: float, form: RewardForm) -> Fore
         between = max(0.0, safe * float(np.var([part.mean() for part in seen], ddof=1)) - explained)
     scales = [beta if form == "sum" else beta / max(1, partial.num_tokens) for partial in partials]
     return Forecast(
-        [scale * (float(p.ratios.sum(dtype=np.float64)) + p.left * mean) for p, scale in zip(partials, scales, strict=True)],
+        [scale * (float(p.ratios.sum(dtype=np.float64)) + p.left * mean) + p.offset for p, scale in zip(partials, scales, strict=True)],
         [scale * p.left for p, scale in zip(partials, scales, strict=True)],
         [p.left for p in partials],
         common,

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from dpo_rank import artifact as artifacts
 from dpo_rank.artifact import Artifact, Manifest
-from dpo_rank.errors import ArtifactError, DataError, MissingExtraError, ModelError
+from dpo_rank.confidence import Confidence, LengthCorrection
+from dpo_rank.errors import ArtifactError, DataError, MissingExtraError, ModelError, UnavailableError
 from dpo_rank.loading import locate, open_engine, pair_module, say_what_the_starter_is
 from dpo_rank.ranking import Candidate, Ranking, make_ranking, preference
 from dpo_rank.scoring.encode import Boundary, Encoded, Encoder, Limits, Passage, Prompt, load_tokenizer
@@ -66,6 +67,7 @@ class Ranker:
         temperature: divides scores before they become probabilities.
         calibrated: whether it was fitted on held-out preferences.
         token_budget: tokens of one packed row at most; bounds memory.
+        correction: taken off every score for its answer's length; None where it is off.
 
     """
 
@@ -78,6 +80,7 @@ class Ranker:
         artifact: Artifact | None = None,
         models: tuple[Any, Any] | None = None,
         token_budget: int | None = None,
+        correction: bool = False,
         reload: Callable[[], Ranker] | None = None,
     ) -> None:
         if token_budget is not None and token_budget < 1:
@@ -85,6 +88,11 @@ class Ranker:
         self._engine, self._encoder, self._manifest = engine, encoder, manifest
         self._artifact, self._models, self._reload = artifact, models, reload
         self.temperature, self.calibrated = manifest.temperature, manifest.calibrated
+        self.correction: LengthCorrection | None = None
+        if correction:
+            if manifest.correction is None:
+                raise UnavailableError("this ranker has no correction for length: `dpo-rank calibrate --correction` fits one")
+            self.correction, self.temperature = manifest.correction, manifest.correction.temperature
         default = DEFAULT_TOKEN_BUDGET if engine.device == "cpu" else GPU_TOKEN_BUDGET
         self.token_budget = token_budget or max(256, min(default, _LOGITS_BUDGET // manifest.vocabulary))
         self._misfit_checked = False
@@ -107,6 +115,7 @@ class Ranker:
         threads: int | None = None,
         providers: Sequence[Any] | None = None,
         token_budget: int | None = None,
+        correction: bool = False,
     ) -> Ranker:
         """Load a ranker from a directory or the Hugging Face hub.
 
@@ -120,6 +129,7 @@ class Ranker:
             threads: of the CPU engine; None: the CPUs that this process may use.
             providers: onnxruntime execution providers by name.
             token_budget: tokens of one packed row at most; bounds memory; None: chosen by device and vocabulary.
+            correction: take off every score what the artifact knows of its lean on length; its temperature is then the correction's.
 
         Raises:
             ArtifactError: the artifact is missing, damaged or of a newer format.
@@ -147,12 +157,13 @@ class Ranker:
             "threads": threads,
             "providers": providers,
             "token_budget": token_budget,
+            "correction": correction,
         }
         # A child with another working directory must find it too; a hub id stays one.
         given = "starter" if path_or_hub_id is None else path_or_hub_id
         source = root.resolve() if Path(given).expanduser().exists() else given
         again = functools.partial(Ranker.load, source, **arguments)  # type: ignore[arg-type]
-        return cls(chosen, encoder, manifest, artifact=artifact, token_budget=token_budget, reload=again)
+        return cls(chosen, encoder, manifest, artifact=artifact, token_budget=token_budget, correction=correction, reload=again)
 
     @classmethod
     def from_models(
@@ -285,14 +296,12 @@ class Ranker:
             raise DataError(f"top_k is a number of candidates or None, not {top_k!r}")
         lists, encoded, scores = self._scored(prompts, candidate_lists, passages)
         return [
-            make_ranking(
+            self.conclude(
                 candidates,
-                [self._reward(item) for item in items],
+                [self.reward(item) for item in items],
+                items,
                 [len(item.policy) for item in items],
                 group.truncated,
-                temperature=self.temperature,
-                calibrated=self.calibrated,
-                noise=self.noise,
                 top_k=top_k,
                 prompt_truncated=group.prompt_truncated,
                 dropped_passages=group.dropped_passages,
@@ -312,13 +321,23 @@ class Ranker:
         passages: Sequence[Sequence[Passage] | None] | None = None,
     ) -> list[npt.NDArray[np.float32]]:
         """`score` for several prompts, batched by the token budget."""
-        _, _, scores = self._scored(prompts, candidate_lists, passages)
-        return [np.array([self._reward(item) for item in items], dtype=np.float32) for items in scores]
+        scores = self.log_probs_many(prompts, candidate_lists, passages=passages)
+        return [np.array([self.reward(item) for item in items], dtype=np.float32) for items in scores]
+
+    def log_probs_many(
+        self,
+        prompts: Sequence[Prompt],
+        candidate_lists: Sequence[Sequence[Answer]],
+        *,
+        passages: Sequence[Sequence[Passage] | None] | None = None,
+    ) -> list[list[TokenScores]]:
+        """What `score_many` adds up: each candidate's token log-probs in nats under policy and reference."""
+        return self._scored(prompts, candidate_lists, passages)[2]
 
     def compare(self, prompt: Prompt, a: Answer, b: Answer) -> float:
         """Probability that ``a`` is preferred to ``b`` (Bradley-Terry at the fitted temperature)."""
         _, _, [[first, second]] = self._scored([prompt], [[a, b]], None)
-        return preference(self._reward(first) - self._reward(second), self.temperature)
+        return preference(self.reward(first) - self.reward(second), self.temperature)
 
     def best_of_n(self, prompt: Prompt, generate: Callable[[Any, int], Sequence[Answer]], n: int = 8) -> Ranking:
         """Rank the candidates that ``generate(prompt, n)`` returns.
@@ -359,36 +378,51 @@ class Ranker:
         """
         return Session(self, self._engine, prompt, passages)
 
-    def explain(self, prompt: Prompt, candidate: Answer) -> list[TokenContribution]:
-        """Each token's part in the candidate's score; the contributions add up to it."""
-        _, [encoded], [[scores]] = self._scored([prompt], [[candidate]], None)
+    def explain(self, prompt: Prompt, candidate: Answer, *, passages: Sequence[Passage] | None = None) -> list[TokenContribution]:
+        """Each token's part in the candidate's score; the contributions add up to it.
+
+        With a correction for length on, what it takes off is shared equally by the tokens.
+        """
+        _, [encoded], [[scores]] = self._scored([prompt], [[candidate]], None if passages is None else [passages])
         ids = encoded.group.candidates[0]
         share = self.beta / (len(ids) if self._manifest.reward == "mean" else 1)
+        each = self.offset(len(ids)) / max(1, len(ids))
         decode = functools.partial(self._encoder.tokenizer.decode, skip_special_tokens=False)
         return [
-            TokenContribution(decode([token]), float(policy), float(reference), share * (float(policy) - float(reference)))
+            TokenContribution(decode([token]), float(policy), float(reference), share * (float(policy) - float(reference)) + each)
             for token, policy, reference in zip(ids, scores.policy, scores.reference, strict=True)
         ]
 
-    def calibrate(self, rows: Iterable[Any]) -> CalibrationReport:
-        """Fit the temperature on labelled rows (any format of `dpo_rank.data.formats`); `save` keeps it.
+    def calibrate(self, rows: Iterable[Any], *, correction: bool = False) -> CalibrationReport:
+        """Fit on labelled rows that the ranker was not trained on what it says of its own scores; `save` keeps it.
+
+        That is the temperature behind probabilities, how often the best is wrong at which margin (`Ranking.confident`), and how
+        candidates usually read (`Ranking.unfamiliar`).
+
+        Args:
+            rows: in any format of `dpo_rank.data.formats`; candidates and prompts like those that will be ranked.
+            correction: fit the correction for length too, which ``Ranker.load(..., correction=True)`` applies. One that the ranker
+                has already is fitted anew in any case.
 
         Raises:
             DataError: a bad row, or no pair that the labels tell apart.
 
         """
         from dpo_rank.data.formats import Example, parse
-        from dpo_rank.evaluation.calibration import calibrate
+        from dpo_rank.evaluation.calibration import fit
 
         examples = [row if isinstance(row, Example) else parse(row, f"row {index}") for index, row in enumerate(rows)]
         examples = [example for example in examples if example.pairs()]
-        scores = self.score_many(
+        scores = self.log_probs_many(
             [example.prompt for example in examples],
             [example.candidates for example in examples],
             passages=[example.passages or None for example in examples],
         )
-        report = calibrate(examples, scores, self.temperature)
+        self._manifest, report = fit(self.manifest, examples, scores, correction=correction or self._manifest.correction is not None)
         self.temperature, self.calibrated = report.temperature, True
+        if self.correction is not None and self._manifest.correction is not None:
+            self.correction = self._manifest.correction
+            self.temperature = self.correction.temperature
         return report
 
     # -- keeping one -----------------------------------------------------------------------------------------------
@@ -446,6 +480,45 @@ class Ranker:
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=saved, commit_message="Upload ranker"))
 
+    # -- from log-probs to a ranking ---------------------------------------------------------------------------------
+
+    def reward(self, scores: TokenScores) -> float:
+        """The score of a candidate with these log-probs."""
+        return scores.reward(self._manifest.beta, self._manifest.reward) + self.offset(len(scores.policy))
+
+    def offset(self, num_tokens: int) -> float:
+        """What the correction adds to the score of an answer of ``num_tokens``; 0 where it is off."""
+        return 0.0 if self.correction is None else -float(self.correction.of(num_tokens))
+
+    def conclude(
+        self,
+        candidates: Sequence[Candidate],
+        rewards: Sequence[float],
+        scores: Sequence[TokenScores],
+        num_tokens: Sequence[int],
+        truncated: Sequence[bool],
+        *,
+        top_k: int | None,
+        prompt_truncated: bool,
+        dropped_passages: tuple[int, ...],
+    ) -> Ranking:
+        """A ranking from rewards, with everything that the ranker knows of itself."""
+        familiarity = self._manifest.familiarity
+        return make_ranking(
+            candidates,
+            rewards,
+            num_tokens,
+            truncated,
+            temperature=self.temperature,
+            calibrated=self.calibrated,
+            noise=self.noise,
+            top_k=top_k,
+            prompt_truncated=prompt_truncated,
+            dropped_passages=dropped_passages,
+            unfamiliar=None if familiarity is None else familiarity.unfamiliar([item.reference for item in scores]),
+            confidence=self.confidence,
+        )
+
     # -- facts -----------------------------------------------------------------------------------------------------
 
     @property
@@ -469,6 +542,11 @@ class Ranker:
         return float(self._manifest.training.get("export", {}).get(self.precision, {}).get("margin_noise", 0.0))
 
     @property
+    def confidence(self) -> Confidence | None:
+        """How often the ranker is wrong at which margin, as it scores now; None where that was not measured."""
+        return self._manifest.confidence if self.correction is None else self.correction.confidence
+
+    @property
     def beta(self) -> float:
         """The beta of the reward."""
         return self._manifest.beta
@@ -476,6 +554,9 @@ class Ranker:
     @property
     def manifest(self) -> Manifest:
         """What `save` would write, the current temperature included."""
+        if self.correction is not None:
+            correction = replace(self.correction, temperature=self.temperature)
+            return replace(self._manifest, correction=correction, calibrated=self.calibrated)
         return replace(self._manifest, temperature=self.temperature, calibrated=self.calibrated)
 
     @property
@@ -494,7 +575,7 @@ class Ranker:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload is None:
             raise TypeError("a Ranker made from model objects cannot be pickled: save it and load it by path")
-        return _restore, (self._reload, self.temperature, self.calibrated, self.token_budget)
+        return _restore, (self._reload, self.manifest, self.temperature, self.calibrated, self.token_budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -527,9 +608,6 @@ class Ranker:
         if not self._misfit_checked:
             self._check_pair(scores)
         return lists, encoded, scores
-
-    def _reward(self, scores: TokenScores) -> float:
-        return scores.reward(self._manifest.beta, self._manifest.reward)
 
     def _check_pair(self, scores: list[list[TokenScores]]) -> None:
         """Once enough tokens were seen: does the reference look like the one that the policy was trained against?"""
@@ -564,8 +642,11 @@ class Ranker:
         return pair
 
 
-def _restore(reload: Callable[[], Ranker], temperature: float, calibrated: bool, token_budget: int) -> Ranker:
+def _restore(reload: Callable[[], Ranker], manifest: Manifest, temperature: float, calibrated: bool, token_budget: int) -> Ranker:
     ranker = reload()
+    ranker._manifest = manifest
+    if ranker.correction is not None:
+        ranker.correction = manifest.correction
     ranker.temperature, ranker.calibrated, ranker.token_budget = temperature, calibrated, token_budget
     return ranker
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo_rank.confidence import Confidence
 from dpo_rank.errors import DataError, EmptyRankingError
 
 NEAR_TIE = 0.55
@@ -104,6 +105,10 @@ class Ranking(Sequence[RankedCandidate]):
             measured noise of the precision that scored it.
         prompt_truncated: the prompt was too long for the ranker and was cut.
         dropped_passages: indices of passages that did not fit.
+        margin: score of the best minus that of the runner-up; infinite where there is none.
+        unfamiliar: the candidates read unlike those that the ranker was fitted on: its order may mean little. None where the
+            ranker does not know what it was fitted on (`Ranker.calibrate` finds out).
+        confidence: what the ranker knows of its errors, behind `confident`.
 
     """
 
@@ -112,6 +117,9 @@ class Ranking(Sequence[RankedCandidate]):
     near_tie: bool = False
     prompt_truncated: bool = False
     dropped_passages: tuple[int, ...] = ()
+    margin: float = math.inf
+    unfamiliar: bool | None = None
+    confidence: Confidence | None = field(default=None, repr=False)
 
     @property
     def best(self) -> RankedCandidate:
@@ -124,6 +132,24 @@ class Ranking(Sequence[RankedCandidate]):
         if not self.candidates:
             raise EmptyRankingError("the ranking is empty: no candidates were given")
         return self.candidates[0]
+
+    def confident(self, max_risk: float = 0.1) -> bool:
+        """Whether the margin is one at which the best candidate was wrong in at most ``max_risk`` of held-out rankings.
+
+        False too where no margin is enough: ``ranking.confidence.smallest_risk`` is the least that the ranker's held-out rows can
+        promise. The promise is about prompts and candidates like those; see `Confidence`.
+
+        Raises:
+            DataError: the ranker was never measured so, or ``max_risk`` is not between 0 and 1.
+
+        """
+        if self.confidence is None:
+            raise DataError(
+                "this ranker does not know how often it is wrong: Ranker.calibrate(rows) or `dpo-rank calibrate` measures it on "
+                "held-out preferences"
+            )
+        least = self.confidence.threshold(max_risk)
+        return least is not None and self.margin >= least
 
     @property
     def order(self) -> list[int]:
@@ -146,6 +172,8 @@ class Ranking(Sequence[RankedCandidate]):
             "candidates": [candidate.to_dict() for candidate in self.candidates],
             "calibrated": self.calibrated,
             "near_tie": self.near_tie,
+            "margin": self.margin if math.isfinite(self.margin) else None,
+            "unfamiliar": self.unfamiliar,
             "prompt_truncated": self.prompt_truncated,
             "dropped_passages": list(self.dropped_passages),
         }
@@ -180,6 +208,8 @@ def make_ranking(
     top_k: int | None = None,
     prompt_truncated: bool = False,
     dropped_passages: tuple[int, ...] = (),
+    unfamiliar: bool | None = None,
+    confidence: Confidence | None = None,
 ) -> Ranking:
     """Sort ``candidates`` by ``scores`` and wrap them up; ``noise`` is a margin's standard deviation from its fp32 value."""
     order = sorted(range(len(candidates)), key=lambda index: -scores[index])
@@ -200,4 +230,4 @@ def make_ranking(
         )
         for index in order[:top_k]
     )
-    return Ranking(ranked, calibrated, near_tie, prompt_truncated, dropped_passages)
+    return Ranking(ranked, calibrated, near_tie, prompt_truncated, dropped_passages, float(margin), unfamiliar, confidence)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_rank.errors import DataError
 from dpo_rank.prune import FIRST_PIECE, Partial, forecast, plausible
-from dpo_rank.ranking import Candidate, Ranking, make_ranking
+from dpo_rank.ranking import Candidate, Ranking
 from dpo_rank.scoring.encode import Passage, Prompt, common_prefix
 from dpo_rank.scoring.engine import ContinuingEngine, Engine, KeyValues, TokenScores, check_finite, read, score, score_behind
 from dpo_rank.scoring.pack import Group
@@ -123,17 +123,15 @@ class Session:
         ranker = self._ranker
         if prune is None or top_k is None or not self._engine.takes_past:
             self._score([len(entry.ids) for entry in self._entries])
-            rewards = [entry.scores.reward(ranker.beta, ranker.manifest.reward) for entry in self._entries]
+            rewards = [ranker.reward(entry.scores) for entry in self._entries]
         else:
             rewards = self._score_plausible(top_k, prune)
-        return make_ranking(
+        return ranker.conclude(
             [entry.candidate for entry in self._entries],
             rewards,
+            [entry.scores for entry in self._entries],
             [len(entry.ids) for entry in self._entries],
             [entry.truncated for entry in self._entries],
-            temperature=ranker.temperature,
-            calibrated=ranker.calibrated,
-            noise=ranker.noise,
             top_k=top_k,
             prompt_truncated=self._prompt_truncated,
             dropped_passages=self._dropped_passages,
@@ -173,7 +171,10 @@ class Session:
             for index in alive:
                 stops[index] = max(stops[index], min(upto, len(self._entries[index].ids)))
             self._score(stops)
-            partials = [Partial(entry.scores.policy - entry.scores.reference, len(entry.ids)) for entry in self._entries]
+            partials = [
+                Partial(entry.scores.policy - entry.scores.reference, len(entry.ids), self._ranker.offset(len(entry.ids)))
+                for entry in self._entries
+            ]
             found = forecast(partials, beta, form)
             if not partials:
                 return []

@@ -10,7 +10,8 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dpo_rank.evaluation.agreement import Report
+    from dpo_rank.evaluation.calibration import CalibrationReport
+    from dpo_rank.evaluation.evaluate import Evaluation
     from dpo_rank.evaluation.latency import LatencyReport
     from dpo_rank.ranker import Ranker
     from dpo_rank.ranking import Ranking
@@ -31,19 +32,78 @@ def of_ranking(ranking: Ranking, ranker: Ranker) -> Table:
     return table
 
 
-def of_reports(reports: list[Report], source: str) -> Table:
+def of_evaluation(found: Evaluation) -> Table:
     """Rankers and rules, one a row."""
-    first = reports[0]
-    table = Table(title=f"agreement with the labels of {source} (95 % interval over prompts)", title_justify="left")
+    first = found.reports[0]
+    table = Table(title=f"agreement with the labels of {found.source} (95 % interval over prompts)", title_justify="left")
     table.add_column("ranker")
-    table.add_column(f"pairs in order (n={first.agreement.num_prompts})", justify="right")
+    table.add_column(f"pairs in order (n={first.agreement.num_prompts})", justify="right", no_wrap=True)
+    table.add_column("the ranker's lead", justify="right", no_wrap=True)
     if first.best_of_n:
         table.add_column(f"label of the best of N (n={first.best_of_n.num_prompts})", justify="right")
-    for key, figure in first.slices.items():
-        table.add_column(f"{key} (n={figure.num_prompts})", justify="right")
-    for report in reports:
+    table.add_column("ms a prompt", justify="right")
+    reports = {report.name: report for report in found.reports}
+    leads = {c.second: c.agreement for c in found.comparisons}
+    for item in found.scored:
+        if item.problem is not None:
+            table.add_row(escape(item.name), f"[dim]not run: {escape(item.problem)}[/]")
+            continue
+        report, lead = reports[item.name], leads.get(item.name)
         best = [str(report.best_of_n)] if report.best_of_n else []
-        table.add_row(report.name, str(report.agreement), *best, *(f"{report.slices[key].value:.3f}" for key in first.slices))
+        shown = "" if lead is None else f"{lead.value:+.3f} ({lead.low:+.3f} to {lead.high:+.3f})"
+        table.add_row(escape(item.name), str(report.agreement), shown, *best, "" if item.ms_a_prompt is None else f"{item.ms_a_prompt:.2f}")
+    return table
+
+
+def of_slices(found: Evaluation) -> Table:
+    """The ranker's agreement by slice."""
+    table = Table(title="where", title_justify="left")
+    for name in ("by", "value", "prompts", "pairs in order"):
+        table.add_column(name, justify="left" if name in ("by", "value") else "right")
+    for key, groups in found.reports[0].slices.items():
+        for value, figure in groups.items():
+            table.add_row(
+                escape(key), escape(value), str(figure.num_prompts), f"{figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f})"
+            )
+    return table
+
+
+def of_published(found: Mapping[str, float], name: str) -> Table:
+    """A benchmark's own figures."""
+    table = Table(title=f"{name}: the publisher's aggregation", title_justify="left")
+    table.add_column("part")
+    table.add_column("figure", justify="right")
+    for key, value in found.items():
+        table.add_row(escape(key), f"{value:.4f}")
+    return table
+
+
+def of_calibration(report: CalibrationReport) -> Table:
+    """What calibrating found."""
+    table = Table(title="calibration", title_justify="left", show_header=False)
+    rows = [
+        ("temperature", f"{report.temperature:.4g}, on {report.num_pairs} pairs of {report.num_prompts} prompts"),
+        ("agreement", f"{report.agreement:.3f}"),
+        ("nll", f"{report.nll_before:.4f} -> {report.nll_after:.4f} nats (a coin: 0.6931)"),
+    ]
+    sure = report.confidence
+    if sure is not None:
+        for risk in (0.05, 0.1, 0.2, 0.3):
+            least = sure.threshold(risk)
+            said = f"not to be had: the least that these rows can promise is {sure.smallest_risk:.2f}"
+            if least is not None:
+                said = f"margins from {least:.3g}: {sure.coverage(risk):.0%} of the rankings"
+            rows.append((f"confident({risk:g})", said))
+    if report.correction is not None:
+        knots = report.correction
+        rows.append(
+            (
+                "correction",
+                f"takes off {knots.reward[0]:+.3f} at {knots.tokens[0]:.0f} tokens to {knots.reward[-1]:+.3f} at {knots.tokens[-1]:.0f}",
+            )
+        )
+    for name, value in rows:
+        table.add_row(name, value)
     return table
 
 

@@ -27,7 +27,7 @@ NAMES = [
 SIGNATURES = {
     "load": (
         "path_or_hub_id=None, *, revision=None, token=None, cache_dir=None, local_files_only=False, engine='auto', device='auto', "
-        "precision='auto', threads=None, providers=None, token_budget=None"
+        "precision='auto', threads=None, providers=None, token_budget=None, correction=False"
     ),
     "from_models": (
         "policy, reference=None, *, tokenizer=None, beta=0.1, reward='sum', string_prompt=None, boundary='split', revision=None, "
@@ -43,8 +43,8 @@ SIGNATURES = {
     "arank": "self, prompt, candidates, *, top_k=None, passages=None",
     "ascore": "self, prompt, candidates, *, passages=None",
     "session": "self, prompt, passages=None",
-    "explain": "self, prompt, candidate",
-    "calibrate": "self, rows",
+    "explain": "self, prompt, candidate, *, passages=None",
+    "calibrate": "self, rows, *, correction=False",
     "save": "self, path, overwrite=False",
     "export": "self, path, precisions=('fp32', 'int8'), *, overwrite=False",
     "push_to_hub": "self, repo_id, private=True, token=None",

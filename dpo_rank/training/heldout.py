@@ -9,7 +9,8 @@ import numpy.typing as npt
 from torch import Tensor
 
 # A run is chosen by the same agreement that an evaluation reports afterwards.
-from dpo_rank.evaluation.agreement import figure, pair_agreement
+from dpo_rank.evaluation.agreement import pair_agreement
+from dpo_rank.evaluation.intervals import figure
 from dpo_rank.training.collate import Slice
 
 FloatArray = npt.NDArray[np.float64]

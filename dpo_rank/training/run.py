@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
@@ -289,8 +290,8 @@ def finish(
 
     """
     # Training ends in an artifact that is measured as its users will run it, so it calls export and evaluation.
-    from dpo_rank.evaluation.agreement import held_out_table, score_examples
-    from dpo_rank.evaluation.calibration import calibrate
+    from dpo_rank.evaluation.agreement import held_out_table
+    from dpo_rank.evaluation.calibration import fit
     from dpo_rank.export.card import model_card
 
     building = config.run_directory(output) / "artifact"
@@ -316,9 +317,12 @@ def finish(
     paired = [row for row in held if row.pairs()]
     final = ranker.manifest
     if paired:  # single answers say nothing about the order of several
-        scores = score_examples(ranker, paired)
-        measured = {**final.training, "held_out": held_out_table(paired, scores)}
-        final = replace(final, temperature=calibrate(paired, scores).temperature, calibrated=True, training=measured)
+        log_probs = ranker.log_probs_many(
+            [row.prompt for row in paired], [row.candidates for row in paired], passages=[row.passages or None for row in paired]
+        )
+        final, _ = fit(final, paired, log_probs)
+        scores = [np.array([ranker.reward(item) for item in items]) for items in log_probs]
+        final = replace(final, training={**final.training, "held_out": held_out_table(paired, scores)})
     measured = dict(final.training)
 
     def write(root: Path) -> None:
