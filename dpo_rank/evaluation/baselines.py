@@ -201,7 +201,7 @@ class ClassifierScorer:
         import torch
 
         texts = [
-            self._render(prompt, c.text)
+            self.render(prompt, c.text)
             for prompt, candidates in zip(with_passages(prompts, passages), candidate_lists, strict=True)
             for c in candidates
         ]
@@ -217,7 +217,8 @@ class ClassifierScorer:
             found[places] = logits[:, 0].float().cpu().numpy()
         return cut(found, candidate_lists)
 
-    def _render(self, prompt: str, answer: str) -> str:
+    def render(self, prompt: str, answer: str) -> str:
+        """Prompt and answer as the model reads them."""
         if getattr(self.tokenizer, "chat_template", None):
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             return str(self.tokenizer.apply_chat_template(turns, tokenize=False))

@@ -9,6 +9,7 @@ of `texts.py`. Prompts that the hash holds out are never seen, here or later.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,6 +128,10 @@ def main() -> None:
     trainer.train()
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    settings = args.output / "tokenizer_config.json"  # transformers 5 writes a class that 4 does not know
+    written = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
+    written.pop("backend", None)
+    settings.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

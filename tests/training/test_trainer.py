@@ -16,7 +16,7 @@ from dpo_rank.errors import DataError, ModelError, TrainingError
 from dpo_rank.scoring.torch_engine import TorchEngine
 from dpo_rank.training import DPOConfig, DPOTrainer, average_adapters
 from dpo_rank.training.losses import LOSSES
-from dpo_rank.training.run import train
+from dpo_rank.training.run import starter_base, train
 from dpo_rank.training.settings import adapter, read_settings
 from tests.artifacts import tiny_pair
 from tests.training.driver import make
@@ -340,3 +340,13 @@ def test_sharded_parameters_take_the_same_two_steps(tmp_path):
     assert found["sharded"] is True
     assert found["losses"] == pytest.approx(found["plain_losses"], abs=1e-5)
     assert found["largest_difference"] < 1e-5
+
+
+def test_the_starters_base_can_be_trained_from(tmp_path):
+    """Under both majors of transformers: what one of them writes, the other must read."""
+    rows = [{"prompt": "Name a river.", "chosen": "The Danube.", "rejected": "No."}] * 2
+    args = DPOConfig(str(tmp_path), use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=1)
+    trainer = DPOTrainer(starter_base(), args=args, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert trainer.encoder.tokenizer.get_vocab_size() == 5120
