@@ -436,7 +436,7 @@ class Ranker:
             ArtifactError: ``path`` exists and ``overwrite`` is False.
 
         """
-        from dpo_rank.export.card import with_temperature
+        from dpo_rank.export.card import recalibrated
 
         if self._artifact is not None:
             artifact, manifest = self._artifact, self.manifest
@@ -444,7 +444,7 @@ class Ranker:
             def write(root: Path) -> None:
                 artifact.copy_files(root)
                 if (card := root / "README.md").is_file():
-                    card.write_text(with_temperature(card.read_text(encoding="utf-8"), manifest), encoding="utf-8")
+                    card.write_text(recalibrated(card.read_text(encoding="utf-8"), manifest), encoding="utf-8")
 
             return artifacts.save(path, manifest, write, overwrite=overwrite)
         pair, models = self._pair(), self._models

@@ -113,3 +113,11 @@ def test_without_measurement_it_says_nothing(tiny_artifact):
     assert ranking.unfamiliar is None
     assert ranking.confidence is None
     assert ranking.to_dict()["unfamiliar"] is None
+
+
+def test_the_card_says_what_was_measured(tiny_artifact, calibrated):
+    before, after = ((path / "README.md").read_text(encoding="utf-8") for path in (tiny_artifact, calibrated[0]))
+    assert "| sure enough | not measured |" in before
+    assert "not measured" not in after
+    assert "of 60 held-out rankings" in after
+    assert after.count("| sure enough |") == after.count("| temperature |") == 1

@@ -12,7 +12,7 @@ from dpo_rank.data.synthetic import pairs
 
 pytestmark = pytest.mark.models
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/guide.md", "docs/training.md"]
+PAGES = ["README.md", "docs/guide.md", "docs/training.md", "docs/evaluation.md"]
 
 
 def blocks(page, language):

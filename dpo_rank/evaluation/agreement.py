@@ -90,7 +90,7 @@ class Comparison:
     Attributes:
         first, second: their names.
         agreement: difference of their agreement, paired by row: positive where the first is ahead.
-        mcnemar: over rows that are pairs, one a prompt; None where there is none.
+        mcnemar: where every row is a pair without equal scores and has a prompt of its own, as the test asks; else None.
         reversals: where slices say the opposite of the whole, in words (Simpson 1951).
 
     """
@@ -244,7 +244,8 @@ def compare(first: Report, second: Report) -> Comparison:
         raise DataError(f"{first.name} and {second.name} were measured on other rows: a paired comparison needs the same")
     whole = difference(first.values, second.values, clusters=first.clusters)
     pairs = np.isin(first.values, (0.0, 1.0)) & np.isin(second.values, (0.0, 1.0))
-    test = mcnemar(first.values[pairs] > 0.5, second.values[pairs] > 0.5) if pairs.mean() > 0.9 else None
+    independent = pairs.all() and len(set(first.clusters)) == len(first.clusters)
+    test = mcnemar(first.values > 0.5, second.values > 0.5) if independent else None
     return Comparison(first.name, second.name, whole, test, tuple(_reversals(first, second, whole.value)))
 
 

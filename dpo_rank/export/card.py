@@ -35,6 +35,7 @@ def model_card(manifest: Manifest, precisions: Sequence[str]) -> str:
         "|---|---|",
         f"| score | beta x {manifest.reward} of the log-ratios, beta = {manifest.beta:g} |",
         _temperature(manifest),
+        _promise(manifest),
         f"| reads at most | {manifest.limits.max_prompt_tokens} prompt and {manifest.limits.max_completion_tokens} answer tokens |",
         f"| precisions | {', '.join(precisions)} |",
         *([f"| default precision | {manifest.default_precision} ({manifest.default_precision_reason}) |"] if precisions else []),
@@ -49,13 +50,23 @@ def model_card(manifest: Manifest, precisions: Sequence[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def with_temperature(card: str, manifest: Manifest) -> str:
-    """``card`` with the line of the temperature as the manifest has it now; the rest is its owner's."""
-    return re.sub(r"^\| temperature \|.*$", _temperature(manifest), card, count=1, flags=re.MULTILINE)
+def recalibrated(card: str, manifest: Manifest) -> str:
+    """``card`` with the lines of what calibrating fits as the manifest has them now; the rest is its owner's."""
+    card = re.sub(r"^\| sure enough \|.*\n", "", card, flags=re.MULTILINE)
+    return re.sub(r"^\| temperature \|.*$", f"{_temperature(manifest)}\n{_promise(manifest)}", card, count=1, flags=re.MULTILINE)
 
 
 def _temperature(manifest: Manifest) -> str:
     return f"| temperature | {manifest.temperature:.4g} ({'fitted on held-out preferences' if manifest.calibrated else 'not fitted'}) |"
+
+
+def _promise(manifest: Manifest) -> str:
+    sure = manifest.confidence
+    if sure is None:
+        return "| sure enough | not measured |"
+    kept = [f"{sure.coverage(risk):.0%} at max_risk {risk:g}" for risk in (0.1, 0.2, 0.3) if sure.threshold(risk) is not None]
+    said = ", ".join(kept) or f"never below max_risk {sure.smallest_risk:.2f}"
+    return f"| sure enough | {said} (share of {sure.num_prompts} held-out rankings that are `confident`) |"
 
 
 def _export_section(export: dict[str, Any]) -> list[str]:
@@ -64,10 +75,11 @@ def _export_section(export: dict[str, Any]) -> list[str]:
     lines = [f"The fp32 graph differs from the torch models by at most {export['largest_difference_nats']:.1e} nats a token.", ""]
     for name, report in export.items():
         if isinstance(report, dict):
+            noise = report.get("margin_noise")  # not in artifacts of the first versions
+            marked = "" if noise is None else f", a margin off by {noise:.3g} (one standard deviation; a near tie within that)"
             lines += [
                 f"{name} against fp32 on {report['num_prompts']} prompts ({report['rows']}): Spearman {report['spearman']:.3f}, the same "
-                f"best candidate in {report['same_best']:.1%}, median |difference| {report['median_difference']:.3g}, a margin off by "
-                f"{report['margin_noise']:.3g} (one standard deviation). A margin within that is marked as a near tie.",
+                f"best candidate in {report['same_best']:.1%}, median |difference| {report['median_difference']:.3g}{marked}.",
                 "",
             ]
     return lines

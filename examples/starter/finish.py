@@ -2,8 +2,8 @@
 
     python examples/starter/finish.py --ranker runs/starter/ranker --held-out runs/starter/held_out.jsonl --output dpo_rank/starter
 
-Keeps the int8 graphs only, fits the temperature on pairs of two *whole* answers that were held out of training (so that between
-two good answers the probability stays near 0.5), and writes the model card with what the int8 graphs reach on held-out rows.
+Keeps the int8 graphs only, fits the temperature and the thresholds of `ranking.confident` on pairs of two *whole* answers that were held
+out of training (so that between two good answers the probability stays near 0.5), what is familiar on all held-out rows, and writes the model card with what the int8 graphs reach on held-out rows.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from dpo_rank import Ranker, artifact
 from dpo_rank.data.formats import read
-from dpo_rank.evaluation.agreement import held_out_table, score_examples
-from dpo_rank.evaluation.calibration import calibrate
+from dpo_rank.evaluation.agreement import held_out_table
+from dpo_rank.evaluation.calibration import fit, fit_familiarity
 from dpo_rank.export.card import model_card
 
 WHOLE_PAIRS = "human: harmless"
@@ -39,10 +41,11 @@ def main() -> None:
     args = parser.parse_args()
     held = list(read(args.held_out))
     ranker = Ranker.load(args.ranker, precision="int8")
-    scores = score_examples(ranker, held)
-    whole = [(example, s) for example, s in zip(held, scores, strict=True) if example.raw["subset"] == WHOLE_PAIRS]
-    temperature = calibrate(*zip(*whole, strict=True)).temperature
+    tokens = ranker.log_probs_many([e.prompt for e in held], [e.candidates for e in held], passages=[e.passages or None for e in held])
+    scores = [np.array([ranker.reward(item) for item in items]) for items in tokens]
+    whole = [(example, items) for example, items in zip(held, tokens, strict=True) if example.raw["subset"] == WHOLE_PAIRS]
     source = artifact.load(args.ranker)
+    fitted, _ = fit(source.manifest, *zip(*whole, strict=True), correction=True)
     kept = {name for name in source.manifest.files if name.startswith("onnx/int8/") or name == artifact.TOKENIZER}
     facts = {
         **source.manifest.training,
@@ -53,10 +56,9 @@ def main() -> None:
         "held_out": held_out_table(held, scores),
     }
     final = replace(
-        source.manifest,
+        fitted,
         name="starter",
-        temperature=temperature,
-        calibrated=True,
+        familiarity=fit_familiarity(tokens),
         training=facts,
         default_precision="int8",
         default_precision_reason="the only one here",
