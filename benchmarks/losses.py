@@ -22,9 +22,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from dpo_rank import Ranker
 from dpo_rank.data.formats import Example, read
-from dpo_rank.evaluation.agreement import pair_agreement
+from dpo_rank.evaluation.agreement import pair_agreement, score_examples
 from dpo_rank.evaluation.intervals import figure
+from dpo_rank.evaluation.lists import best_of_n
+from dpo_rank.evaluation.style import length_controlled
 from dpo_rank.training import DPOConfig, DPOTrainer
 from dpo_rank.training.heldout import measure
 
@@ -39,6 +42,7 @@ PAIRS = {
     "sigmoid_norm": {"loss_type": "sigmoid_norm", "beta": 2.0},
     "pointwise": {"loss_type": "pointwise"},
     "kto": {"loss_type": "kto"},
+    "TRL's DPOTrainer, sigmoid": {"trl": True},
 }
 LISTS = {
     "softmax": {},
@@ -75,10 +79,12 @@ def rows_of(data: Path, name: str, side: str, limit: int, width: int) -> list[Ex
 
 
 def run(settings: dict[str, Any], seed: int, train: list[Example], test: list[Example]) -> dict[str, Any]:
-    """Train once; agreement of each test prompt."""
+    """Train once; agreement of each test row, and of lists the label of the answer ranked first."""
     from dpo_rank.training.settings import adapter
 
     options = dict(settings)
+    if options.pop("trl", False):
+        return run_trl(seed, train, test)
     lora = options.pop("lora", None)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -91,30 +97,75 @@ def run(settings: dict[str, Any], seed: int, train: list[Example], test: list[Ex
         )
         trainer.train()
         found = trainer.held_out(trainer.eval_groups)
-    agreement = [pair_agreement(r.tolist(), t.tolist()) for r, t in zip(found.rewards, found.targets, strict=True)]
-    return {"agreement": agreement, "lean": measure(found)["margin_length_correlation"], "seconds": time.perf_counter() - start}
+    return {
+        "agreement": [pair_agreement(r.tolist(), t.tolist()) for r, t in zip(found.rewards, found.targets, strict=True)],
+        "best": [best_of_n(r.tolist(), t.tolist()) for r, t in zip(found.rewards, found.targets, strict=True)],
+        "lean": measure(found)["margin_length_correlation"],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def run_trl(seed: int, train: list[Example], test: list[Example]) -> dict[str, Any]:
+    """The same rows, steps, schedule and precision with TRL, its rewards read by `Ranker.from_models`."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    start = time.perf_counter()
+    rows = []
+    for example in train:
+        prompt = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
+        chosen, rejected = ([{"role": "assistant", "content": c.text}] for c in example.candidates)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    policy, reference = (AutoModelForCausalLM.from_pretrained(BASE, dtype="float32") for _ in range(2))
+    with tempfile.TemporaryDirectory() as scratch:
+        args = trl.DPOConfig(
+            scratch, num_train_epochs=1, learning_rate=5e-5, lr_scheduler_type="cosine", warmup_steps=0.1, save_strategy="no", bf16=True,
+            max_length=None, per_device_train_batch_size=8, gradient_checkpointing=False, seed=seed, disable_tqdm=True, report_to="none",
+            use_cpu=True,
+        )  # fmt: skip
+        trl.DPOTrainer(policy, reference, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+    ranker = Ranker.from_models(policy.float().eval(), reference.eval(), tokenizer=tokenizer, boundary="joint")
+    scores = score_examples(ranker, test)
+    return {
+        "agreement": [pair_agreement(s, example.scores or ()) for s, example in zip(scores, test, strict=True)],
+        "lean": length_controlled(test, scores).correlation,
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def table(results: dict[str, Any]) -> str:
-    """Agreement, and the paired difference to the first line, as Markdown."""
+    """Agreement, and the paired difference to the first line, as Markdown; of lists also the label of the answer ranked first."""
     lines = []
     for kind, entries in results.items():
         default = next(iter(KINDS[kind][1]))
+        best = kind == "lists"
+        extra = " label of the first (95 %) | difference (95 %) |" if best else ""
         lines += [
             f"### {kind}",
             "",
-            "| | agreement (95 %) | difference to the first (95 %) | lean on length | seconds a run |",
-            "|---|---|---|---|---|",
+            f"| | agreement (95 %) | difference to the first line (95 %) |{extra} lean on length | seconds a run |",
+            "|---|---|---|---|---|" + ("---|---|" if best else ""),
         ]
         for name, seeds in entries.items():
-            mean = figure(np.mean([entry["agreement"] for entry in seeds.values()], axis=0).tolist())
-            shared = [seed for seed in seeds if seed in entries[default]]
-            gaps = [np.array(seeds[seed]["agreement"]) - np.array(entries[default][seed]["agreement"]) for seed in shared]
-            gap = "" if name == default or not gaps else str(figure(np.mean(gaps, axis=0).tolist()))
+            cells = compared(seeds, entries[default], "agreement", name == default)
+            if best:
+                cells += compared(seeds, entries[default], "best", name == default)
             lean, seconds = (np.mean([entry[key] for entry in seeds.values()]) for key in ("lean", "seconds"))
-            lines.append(f"| {name} ({len(seeds)} seeds) | {mean} | {gap} | {lean:.2f} | {seconds:.0f} |")
+            lines.append(f"| {name} ({len(seeds)} seeds) | {' | '.join(cells)} | {lean:.2f} | {seconds:.0f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def compared(seeds: dict[str, Any], defaults: dict[str, Any], key: str, is_default: bool) -> list[str]:
+    """The mean over seeds of a figure, and of its paired difference to the default's on the same seeds."""
+    shared = [seed for seed in seeds if key in seeds[seed] and key in defaults.get(seed, {})]
+    if not shared:
+        return ["", ""]
+    mean = figure(np.mean([seeds[seed][key] for seed in shared], axis=0))
+    gap = figure(np.mean([np.array(seeds[seed][key]) - np.array(defaults[seed][key]) for seed in shared], axis=0))
+    return [str(mean), "" if is_default else f"{gap.value:+.3f} ({gap.low:+.3f} to {gap.high:+.3f})"]
 
 
 def main() -> None:
