@@ -1,4 +1,4 @@
-"""How much scores move when nothing that matters changes: order of the candidates, whitespace, markdown, a paraphrase."""
+"""How much scores move when nothing that matters changes: order of the candidates, the batch, whitespace, markdown, a paraphrase."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def robustness(ranker: Scorer, examples: Sequence[Example], limit: int = 40) -> 
     before = score_examples(ranker, rows)
     turned = [replace(row, candidates=row.candidates[::-1]) for row in rows]
     shuffled = [np.asarray(s)[::-1] for s in score_examples(ranker, turned)]
-    found = [_movement("order of the candidates", before, shuffled)]
+    alone = [score_examples(ranker, [row])[0] for row in rows]
+    found = [_movement("order of the candidates", before, shuffled), _movement("scored alone, not in a batch", before, alone)]
     for name, wrap in WRAPPINGS.items():
         found.append(
             _movement(name, before, score_examples(ranker, [_changed(row, [wrap(c.text) for c in row.candidates]) for row in rows]))

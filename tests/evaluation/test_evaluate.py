@@ -77,10 +77,11 @@ def test_leaked_rows_and_few_rows_are_said(found, ranker, rows):
     assert "too few" in small.warnings[0]
 
 
-def test_the_order_of_candidates_moves_nothing(found):
+def test_order_and_batch_move_nothing(found):
     moved = {movement.name: movement for movement in found.movements}
     assert moved["order of the candidates"].moved < 1e-4
     assert moved["order of the candidates"].same_best == 1
+    assert moved["scored alone, not in a batch"].moved < 1e-4
     assert moved["a bold lead"].moved > 0
 
 
