@@ -88,12 +88,11 @@ def of_calibration(report: CalibrationReport) -> Table:
     ]
     sure = report.confidence
     if sure is not None:
-        for risk in (0.05, 0.1, 0.2, 0.3):
+        rows.append(("least risk", f"{sure.smallest_risk:.2f} of the rankings wrong: no margin promises less on these rows"))
+        for risk in (0.05, 0.1, 0.2, 0.3, 0.4):
             least = sure.threshold(risk)
-            said = f"not to be had: the least that these rows can promise is {sure.smallest_risk:.2f}"
             if least is not None:
-                said = f"margins from {least:.3g}: {sure.coverage(risk):.0%} of the rankings"
-            rows.append((f"confident({risk:g})", said))
+                rows.append((f"confident({risk:g})", f"margins from {least:.3g}: {sure.coverage(risk):.0%} of the rankings"))
     if report.correction is not None:
         knots = report.correction
         rows.append(
