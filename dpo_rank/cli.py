@@ -155,7 +155,7 @@ def train(
     ] = None,
     loss: Annotated[
         str | None,
-        typer.Option("--loss-type", "--loss", help="sigmoid, softmax, ipo, ...; by default sigmoid for pairs, softmax for lists."),
+        typer.Option("--loss-type", "--loss", help="sigmoid, softmax, ipo, ...; by default sigmoid, pointwise for single answers."),
     ] = None,
     beta: Annotated[float | None, typer.Option(help="Strength of the reference [0.1].")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Of the DPO stage [5e-5].")] = None,

@@ -21,15 +21,15 @@ def blocks(page, language):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A directory with what the pages mention: rows, and a pair that others trained."""
+    """A directory with what the pages mention: rows, a pair that others trained, and a base as small as it gets in the starter's place."""
     from tests.artifacts import tiny_pair
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(80)))
     policy, reference, tok = tiny_pair()
-    for name, model in (("policy", policy), ("reference", reference)):
-        model.save_pretrained(tmp_path / "path" / "to" / name)
-        tok.save_pretrained(tmp_path / "path" / "to" / name)
+    for place, model in (("path/to/policy", policy), ("path/to/reference", reference), ("models/starter-base", reference)):
+        model.save_pretrained(tmp_path / place)
+        tok.save_pretrained(tmp_path / place)
     return tmp_path
 
 

@@ -46,7 +46,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         precompute_ref_log_probs: score the training rows under the reference once, before training, and keep the sums in a cache
             beside the run; the reference is not held while the policy trains.
         loss_type: a name in `dpo_rank.training.losses.LOSSES`, ``"sft"`` (language modelling on the best answers), or ``"auto"``:
-            sigmoid for pairs, softmax where a row has more candidates.
+            pointwise for single answers, else sigmoid: the mean over a row's pairs (docs/results.md compares the losses).
         label_smoothing: share of turned labels, for sigmoid, robust and softmax.
         beta: strength of the reference (Rafailov et al. 2023, equation 4); for IPO its tau.
         reward: ``"sum"`` or ``"mean"`` of a candidate's log-ratios; None: what the loss prescribes, else the sum.

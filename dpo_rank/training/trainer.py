@@ -502,7 +502,7 @@ def _loss_of(rows: Sequence[Example], name: str) -> str:
     if name != AUTO:
         return name
     widest = max((len(row.candidates) for row in rows), default=2)
-    return "pointwise" if widest == 1 else "sigmoid" if widest == 2 else "softmax"
+    return "pointwise" if widest == 1 else "sigmoid"
 
 
 def _loaded(model: Any, args: DPOConfig, quantization_config: Any) -> Any:

