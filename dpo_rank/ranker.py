@@ -575,7 +575,9 @@ class Ranker:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._reload is None:
             raise TypeError("a Ranker made from model objects cannot be pickled: save it and load it by path")
-        return _restore, (self._reload, self.manifest, self.temperature, self.calibrated, self.token_budget)
+        manifest = self.manifest
+        fitted = {name: getattr(manifest, name) for name in ("confidence", "familiarity", "correction")}
+        return _restore, (self._reload, fitted, self.temperature, self.calibrated, self.token_budget)
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -642,11 +644,11 @@ class Ranker:
         return pair
 
 
-def _restore(reload: Callable[[], Ranker], manifest: Manifest, temperature: float, calibrated: bool, token_budget: int) -> Ranker:
+def _restore(reload: Callable[[], Ranker], fitted: dict[str, Any], temperature: float, calibrated: bool, token_budget: int) -> Ranker:
     ranker = reload()
-    ranker._manifest = manifest
+    ranker._manifest = replace(ranker._manifest, **fitted)
     if ranker.correction is not None:
-        ranker.correction = manifest.correction
+        ranker.correction = fitted["correction"]
     ranker.temperature, ranker.calibrated, ranker.token_budget = temperature, calibrated, token_budget
     return ranker
 

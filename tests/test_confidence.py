@@ -37,6 +37,7 @@ def test_what_was_fitted_after_loading_survives_a_pickle(tiny_artifact):
     ranker.calibrate(list(lists(30)), correction=True)
     again = pickle.loads(pickle.dumps(ranker))
     assert again.manifest == ranker.manifest
+    assert len(pickle.dumps(ranker)) < 6000  # a path and what was fitted, no files
     assert again.rank("a", ["x", "y"]).confident(0.99) == ranker.rank("a", ["x", "y"]).confident(0.99)
 
 

@@ -11,26 +11,6 @@ from tests.models import tiny
 pytestmark = pytest.mark.models
 
 
-@pytest.mark.parametrize(
-    ("name", "norms", "rotary"),
-    [
-        ("llama", 7, 6),  # two a layer and the last; queries and keys
-        ("qwen3", 13, 6),  # norms on queries and keys too
-        ("gemma3", 19, 6),
-        ("olmo2", 13, 6),
-        ("gpt2", 0, 0),
-    ],
-)
-def test_norms_and_rotary_embeddings_become_one_operator_each(name, norms, rotary):
-    found = Counter(node.op_type for node in graph.trace(tiny(name)).graph)
-    assert found["RMSNormalization"] == norms
-    assert found["RotaryEmbedding"] == rotary
-    if norms:
-        assert not found["Reciprocal"]
-    if rotary:
-        assert not found["Neg"]
-
-
 def test_a_layer_has_few_transposes():
     layers = 3
     found = Counter(node.op_type for node in graph.trace(tiny("llama")).graph)

@@ -1,5 +1,7 @@
 """Exported graphs against torch, at every size of every axis; 8-bit scores do not depend on the batch."""
 
+from collections import Counter
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -14,17 +16,25 @@ from dpo_rank.scoring.engine import score
 from dpo_rank.scoring.onnx_engine import OnnxEngine
 from dpo_rank.scoring.pack import Group
 from dpo_rank.scoring.torch_engine import TorchEngine
-from tests.models import FALLBACK, PACKED, VOCABULARY, tiny
+from tests.models import FALLBACK, PACKED, VOCABULARY, on_this_major, tiny
 
 pytestmark = pytest.mark.models
 EXPORTED = [name for name in PACKED if name not in ("gpt-oss", "llama-one-kv-head", "qwen2-window", "starcoder2")]
 
 
-@pytest.mark.parametrize("name", EXPORTED)
-def test_a_graph_scores_as_torch_and_takes_other_weights(name, tmp_path, monkeypatch):
+FUSED = {"llama": (7, 6), "qwen3": (13, 6), "gemma3": (19, 6), "olmo2": (13, 6), "gpt2": (0, 0)}
+"""Operators for norms (two a layer and the last; more where queries and keys have their own) and for rotary embeddings."""
+
+
+@pytest.mark.parametrize("name", on_this_major(EXPORTED))
+def test_a_graph_is_fused_scores_as_torch_and_takes_other_weights(name, tmp_path, monkeypatch):
     monkeypatch.setattr(logps, "VOCABULARY_SLICE", 30)  # 67 entries: two whole slices and a rest
     policy, reference = tiny(name), tiny(name, seed=1)
     traced = graph.trace(policy)
+    if name in FUSED:
+        found = Counter(node.op_type for node in traced.graph)
+        assert (found["RMSNormalization"], found["RotaryEmbedding"]) == FUSED[name]
+        assert not (FUSED[name][0] and found["Reciprocal"]) and not (FUSED[name][1] and found["Neg"])  # noqa: PT018
     both = {"policy": traced, "reference": graph.with_weights(traced, reference)}
     write_graphs(both, tmp_path / "fp32")
     engine = OnnxEngine(tmp_path / "fp32", "fp32")
