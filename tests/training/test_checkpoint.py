@@ -1,6 +1,7 @@
 """A run that is killed, refused or stopped goes on as if nothing had happened."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -23,12 +24,14 @@ STEPS = 12  # 22 rows, 2 a batch, 2 batches a step (the sixth step of an epoch h
 SOAK = int(os.environ.get("DPO_RANK_SOAK", "3"))
 
 
-def drive(directory, **request):
+def drive(directory, seconds=None, **request):
+    """The run in a process of its own, killed (SIGKILL) after ``seconds``."""
     return subprocess.run(
         [sys.executable, "-m", "tests.training.driver", str(directory), json.dumps(request)],
         capture_output=True,
         text=True,
         check=False,
+        timeout=seconds,
         cwd=Path(__file__).parents[2],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )
@@ -133,6 +136,26 @@ def test_killed_anywhere_it_goes_on(whole, tmp_path):
     assert json.loads(result.stdout.splitlines()[-1])["weights"] == whole[1]["weights"]
     assert not list(tmp_path.glob(".checkpoint-*"))
     assert len(checkpoint.complete(tmp_path)) == 2
+
+
+def test_killed_at_any_moment_it_goes_on(whole, tmp_path):
+    rng = random.Random(SOAK)
+    kills = 0
+    for _ in range(max(1, SOAK // 5)):
+        try:
+            result = drive(tmp_path, rng.uniform(4, 12), settings={**SETTINGS, "save_total_limit": 2}, resume=True)
+        except subprocess.TimeoutExpired:
+            kills += 1
+            assert all(checkpoint.problem(path) is None for path in checkpoint.complete(tmp_path))
+            continue
+        assert result.returncode == 0, result.stderr[-2000:]
+        assert json.loads(result.stdout.splitlines()[-1])["weights"] == whole[1]["weights"]
+        for path in tmp_path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+    result = drive(tmp_path, settings={**SETTINGS, "save_total_limit": 2}, resume=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert json.loads(result.stdout.splitlines()[-1])["weights"] == whole[1]["weights"]
+    logging.getLogger(__name__).info("%d kills at random moments", kills)
 
 
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
