@@ -82,6 +82,7 @@ def simulated(count, temperature, said, seed=0):
 def test_probabilities_that_are_right_show_the_error_of_a_perfect_model():
     found = simulated(4000, 1.0, 1.0)
     assert found.ece.value < found.ece_of_perfect + 0.01
+    assert found.ece.low <= found.ece.value <= found.ece.high
     assert len(found.bins) == 10
     assert sum(item.weight for item in found.bins) == pytest.approx(1)
 
