@@ -16,7 +16,6 @@ import json
 import os
 import resource
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from dpo_rank.data.formats import read
 from dpo_rank.errors import DpoRankError
 from dpo_rank.evaluation.agreement import Scorer, score_examples
 from dpo_rank.evaluation.baselines import ClassifierScorer, CrossEncoderScorer, Scored, timed
-from dpo_rank.evaluation.evaluate import Evaluation, assemble, evaluate
+from dpo_rank.evaluation.evaluate import Evaluation, evaluate
 
 FILES = ("hh_harmless.test", "mtbench_human.test", "llmbar.test", "halueval_qa.test", "gsm8k_solutions.test", "alpacaeval_16.test")
 BASE = Path(__file__).parents[1] / "models" / "starter-base"
@@ -139,16 +138,14 @@ def rivals(data: Path, folder: Path) -> list[tuple[str, Scorer | str]]:
     return found
 
 
-def with_rivals(found: Evaluation, others: list[tuple[str, Scorer | str]], source: str) -> Evaluation:
-    """The evaluation with the rivals' scores beside it."""
-    more = []
-    for name, scorer in others:
-        if isinstance(scorer, str):
-            more.append(Scored(name, [], problem=scorer))
-        else:
-            more.append(timed(name, found.examples, lambda scorer=scorer: score_examples(scorer, found.examples)))
-    beside = assemble(found.scored[0], [*found.scored[1:], *more], found.examples, source, facts=found.facts)
-    return replace(found, reports=beside.reports, scored=beside.scored, comparisons=beside.comparisons, warnings=beside.warnings)
+def by_rivals(others: list[tuple[str, Scorer | str]], examples: list[Any]) -> list[Scored]:
+    """The rivals' scores, or why there are none."""
+    return [
+        Scored(name, [], problem=scorer)
+        if isinstance(scorer, str)
+        else timed(name, examples, lambda scorer=scorer: score_examples(scorer, examples))
+        for name, scorer in others
+    ]
 
 
 def main() -> None:
@@ -169,8 +166,8 @@ def main() -> None:
             console.print(f"{name}: skipped, {path} is absent")
             continue
         examples = [example for example in read(path) if example.pairs()][: args.most]
-        found = evaluate(ranker, examples, str(path), perturb=name == FILES[0])
-        evaluations[name] = with_rivals(found, others, str(path))
+        beside = by_rivals(others, examples)
+        evaluations[name] = evaluate(ranker, examples, str(path), others=beside, perturb=name == FILES[0])
         console.print(tables.of_evaluation(evaluations[name]), evaluations[name].length.verdict, *evaluations[name].warnings, sep="\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     machine = {"peak_memory_mib": round(peak), "threads": os.cpu_count(), "ranker": repr(ranker)}

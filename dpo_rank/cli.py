@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from dpo_rank import tables
 from dpo_rank.errors import DataError, DpoRankError, MissingExtraError
+from dpo_rank.files import appearing
 
 if TYPE_CHECKING:
     from dpo_rank.data.formats import Example, OnError, Problems
@@ -321,7 +321,7 @@ def evaluate(
     from dpo_rank.evaluation import baselines, presets
     from dpo_rank.evaluation.evaluate import BY, assemble
     from dpo_rank.evaluation.evaluate import evaluate as measure
-    from dpo_rank.evaluation.report import write_report
+    from dpo_rank.evaluation.report import finite, write_report
 
     problems = Problems()
     keys = tuple(by) if by else BY
@@ -334,25 +334,21 @@ def evaluate(
     else:
         rows = read(_source(source or ""), on_error=_on_error(on_error), problems=problems)
     examples = list(itertools.islice(rows, limit))
+    used = [example for example in examples if example.pairs()]
     seen = list(read(_source(train_data), on_error="skip")) if train_data is not None else []
-    given = [spec for spec in baseline or () if spec.startswith("rankings:")]
-    others = [spec for spec in baseline or () if spec not in given] + ([f"ranker:{compare}"] if compare is not None else [])
+    specs = [*(baseline or ()), *([] if compare is None else [f"ranker:{compare}"])]
+    others = [_rankings_of(spec, used) if spec.startswith("rankings:") else spec for spec in specs]
     explain = None
     assert source is not None
     if rankings is not None:
-        used = [example for example in examples if example.pairs()]
         name, scores = _given_scores(used)
-        scored = [*baselines.by_rules(used), *(baselines.by_name(spec, used) for spec in others)]
-        scored += [_rankings_of(spec, used) for spec in given]
-        found = assemble(baselines.Scored(name, scores), scored, used, source, by=keys, train=seen)
+        found = assemble(
+            baselines.Scored(name, scores), [*baselines.by_rules(used), *baselines.beside(others, used)], used, source, by=keys, train=seen
+        )
     else:
         loaded = _load(ranker, engine, device, precision, threads, correction)
         with _progress("scoring", len(examples)) as step:
             found = measure(loaded, examples, source, by=keys, others=others, train=seen, progress=step)
-        if given:
-            scored = [*found.scored[1:], *(_rankings_of(spec, found.examples) for spec in given)]
-            more = assemble(found.scored[0], scored, found.examples, source, by=keys, facts=found.facts, train=seen)
-            found = replace(found, reports=more.reports, scored=more.scored, comparisons=more.comparisons, warnings=more.warnings)
 
         def explain(example: Example, index: int) -> Any:
             return loaded.explain(example.prompt, example.candidates[index], passages=example.passages or None)
@@ -362,7 +358,7 @@ def evaluate(
     _tell(problems)
     page = None if report is None else write_report(found, report, explain, f"dpo-rank {' '.join(sys.argv[1:])}")
     if as_json:
-        _print_json({**_without_nan(found.to_dict()), "skipped": len(problems), "report": None if page is None else str(page)})
+        _print_json({**finite(found.to_dict()), "skipped": len(problems), "report": None if page is None else str(page)})
         return
     screen.print(tables.of_evaluation(found), tables.of_slices(found))
     if found.published:
@@ -603,12 +599,6 @@ def _rankings_of(spec: str, used: Sequence[Example]) -> Scored:
     return Scored(f"{found} ({Path(name).name})", scores)
 
 
-def _without_nan(value: Any) -> Any:
-    from dpo_rank.evaluation.report import finite
-
-    return finite(value)
-
-
 def _chunks(examples: Iterator[Example]) -> Iterator[list[Example]]:
     chunk: list[Example] = []
     for example in examples:
@@ -626,20 +616,8 @@ def _output(name: str) -> Iterator[IO[str]]:
     if name == "-":
         yield sys.stdout
         return
-    path = Path(name)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written: {error}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with appearing(Path(name)) as file:
+        yield file
 
 
 @contextmanager

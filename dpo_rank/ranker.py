@@ -409,15 +409,12 @@ class Ranker:
 
         """
         from dpo_rank.data.formats import Example, parse
+        from dpo_rank.evaluation.agreement import log_probs_of
         from dpo_rank.evaluation.calibration import fit
 
         examples = [row if isinstance(row, Example) else parse(row, f"row {index}") for index, row in enumerate(rows)]
         examples = [example for example in examples if example.pairs()]
-        scores = self.log_probs_many(
-            [example.prompt for example in examples],
-            [example.candidates for example in examples],
-            passages=[example.passages or None for example in examples],
-        )
+        scores = log_probs_of(self, examples)
         self._manifest, report = fit(self.manifest, examples, scores, correction=correction or self._manifest.correction is not None)
         self.temperature, self.calibrated = report.temperature, True
         if self.correction is not None and self._manifest.correction is not None:

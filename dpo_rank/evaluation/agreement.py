@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,10 @@ from dpo_rank.data.formats import Example, prompt_hash
 from dpo_rank.errors import DataError
 from dpo_rank.evaluation import lists
 from dpo_rank.evaluation.intervals import Figure, McNemar, difference, figure, mcnemar
+from dpo_rank.scoring.engine import TokenScores
+
+if TYPE_CHECKING:
+    from dpo_rank.ranker import Ranker
 
 Scores = Sequence[npt.NDArray[np.float32]]
 LIST_MEASURES: dict[str, Callable[[lists.Values, lists.Values], float]] = {
@@ -261,11 +265,20 @@ def _reversals(first: Report, second: Report, whole: float) -> list[str]:
 
 
 def score_examples(ranker: Scorer, examples: Sequence[Example], progress: Callable[[int], None] = lambda _: None) -> Scores:
-    """Scores of every example's candidates, some dozen prompts at a time."""
-    found: list[npt.NDArray[np.float32]] = []
+    """Scores of every example's candidates, some prompts at a time."""
+    return _in_parts(ranker.score_many, examples, progress)
+
+
+def log_probs_of(ranker: Ranker, examples: Sequence[Example], progress: Callable[[int], None] = lambda _: None) -> list[list[TokenScores]]:
+    """Token log-probs of every example's candidates, some prompts at a time."""
+    return _in_parts(ranker.log_probs_many, examples, progress)
+
+
+def _in_parts(score: Callable[..., Sequence[Any]], examples: Sequence[Example], progress: Callable[[int], None]) -> list[Any]:
+    found: list[Any] = []
     for start in range(0, len(examples), 64):
         part = examples[start : start + 64]
-        found += ranker.score_many(
+        found += score(
             [example.prompt for example in part],
             [example.candidates for example in part],
             passages=[example.passages or None for example in part],

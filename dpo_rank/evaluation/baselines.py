@@ -146,6 +146,11 @@ def by_name(spec: str, examples: Sequence[Example], progress: Callable[[int], No
         return Scored(spec, [], problem=str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
+def beside(others: Sequence[str | Scored], examples: Sequence[Example]) -> list[Scored]:
+    """Scores by others: those that are named are scored now, scores that are there are taken as they are."""
+    return [by_name(other, examples) if isinstance(other, str) else other for other in others]
+
+
 def timed(name: str, examples: Sequence[Example], run: Callable[[], Scores]) -> Scored:
     """What ``run`` returns, with what it took a row."""
     start = time.perf_counter()

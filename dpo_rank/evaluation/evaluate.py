@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_rank.artifact import manifest_bytes
+from dpo_rank.artifact import manifest_bytes, sha256
 from dpo_rank.confidence import Confidence
 from dpo_rank.data.formats import Example, prompt_hash
 from dpo_rank.errors import DataError
@@ -147,7 +147,7 @@ def evaluate(
     source: str,
     *,
     by: Sequence[str] = BY,
-    others: Sequence[str] = (),
+    others: Sequence[str | Scored] = (),
     train: Sequence[Example] = (),
     perturb: bool = True,
     progress: Callable[[int], None] = lambda _: None,
@@ -159,7 +159,7 @@ def evaluate(
         examples: labelled rows; those whose labels tell nothing apart are left out.
         source: where they are from, for the report.
         by: keys to slice by.
-        others: more baselines, see `baselines.by_name`.
+        others: more baselines: names as of `baselines.by_name`, or scores of the rows whose labels tell candidates apart.
         train: rows it was trained on, to find prompts on both sides.
         perturb: also score changed answers of some rows.
         progress: told of finished rows.
@@ -174,16 +174,12 @@ def evaluate(
     tokens: list[list[TokenScores]] = []
 
     def score() -> Scores:
-        for start in range(0, len(used), 16):
-            part = used[start : start + 16]
-            passages = [example.passages or None for example in part]
-            tokens.extend(ranker.log_probs_many([e.prompt for e in part], [e.candidates for e in part], passages=passages))
-            progress(len(part))
+        tokens.extend(agreement.log_probs_of(ranker, used, progress))
         return [np.array([ranker.reward(item) for item in items]) for items in tokens]
 
     mine = baselines.timed(ranker.name or "the ranker", used, score)
     scored = [mine, *baselines.by_rules(used), *baselines.by_parts(used, tokens, ranker.beta, ranker.manifest.reward)]
-    scored += [baselines.by_name(spec, used) for spec in others]
+    scored += baselines.beside(others, used)
     lengths = [np.array([len(item.policy) for item in items]) for items in tokens]
     plain = ranker.correction is None and np.ptp(np.concatenate(lengths)) > 0
     correction = style.correction_effect(used, mine.scores, lengths) if plain else None
@@ -289,9 +285,9 @@ def _sureness(
             kept = margins >= (np.inf if least is None else least)
             promised[risk] = (float(kept.mean()), float(wrong[kept].mean()) if kept.any() else 0.0)
     by_slice = {}
-    for key in report.slices.keys() - {"better answer is"}:  # that slice looks at the labels
-        for value, rows in agreement.slices_of(used, (key,)).get(key, {}).items():
-            if len(rows) >= 20:
+    for key, groups in agreement.slices_of(used, tuple(report.slices)).items():
+        for value, rows in groups.items():
+            if len(rows) >= 20 and key != "better answer is":  # that slice looks at the labels
                 part = calibration.pairs_of([used[row] for row in rows], [scores[row] for row in rows])
                 by_slice[f"{key}: {value}"] = calibration.fit_temperature(part.margins, part.weights)
     return Sureness(
@@ -315,8 +311,7 @@ def _why_unusable(examples: Sequence[Example]) -> str:
 def _hash(source: str) -> str | None:
     if not os.path.isfile(source):  # noqa: PTH113
         return None
-    with Path(source).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(source))
 
 
 def _versions() -> dict[str, str]:

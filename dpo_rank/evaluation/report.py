@@ -8,7 +8,6 @@ import io
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from dpo_rank.errors import MissingExtraError
 from dpo_rank.evaluation import style
 from dpo_rank.evaluation.evaluate import Evaluation
 from dpo_rank.evaluation.intervals import Figure
+from dpo_rank.files import appearing
 
 if TYPE_CHECKING:
     from dpo_rank.ranker import TokenContribution
@@ -85,15 +85,9 @@ def write_report(found: Evaluation, directory: str | os.PathLike[str], explain: 
 
 
 def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with appearing(path) as file:
+        file.write(text)
+    path.chmod(0o644)
 
 
 def finite(value: Any) -> Any:

@@ -270,11 +270,15 @@ def length_controlled(examples: Sequence[Example], scores: Scores, seed: int = 0
         used, place = np.unique(row[matched], return_inverse=True)
         means = np.bincount(place, weights=outcome[matched]) / np.bincount(place)
         equal = figure(means, clusters=[prompts[index] for index in used])
-    both = np.concatenate(sides, axis=1)
-    products = both @ both.T
-    correlation = float(products[0, 1] / math.sqrt(products[0, 0] * products[1, 1])) if (np.diag(products) > 0).all() else 0.0
+    correlation = through_origin(np.concatenate(sides, axis=1))
     raw = figure(np.bincount(row, weights=outcome) / counts, clusters=prompts)
     return LengthControlled(raw, Figure(value, float(low), float(high), raw.num_prompts), equal, correlation)
+
+
+def through_origin(both: FloatArray) -> float:
+    """Pearson's correlation of ``[2, n]`` through the origin: which of a pair stands first says nothing. 0 where one side is all 0."""
+    products = both @ both.T
+    return float(products[0, 1] / np.sqrt(products[0, 0] * products[1, 1])) if (np.diag(products) > 0).all() else 0.0
 
 
 def _at_zero(shape: FloatArray, right: FloatArray, weights: FloatArray) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 # A run is chosen by the same agreement that an evaluation reports afterwards.
 from dpo_rank.evaluation.agreement import pair_agreement
 from dpo_rank.evaluation.intervals import figure
+from dpo_rank.evaluation.style import through_origin
 from dpo_rank.training.collate import Slice
 
 FloatArray = npt.NDArray[np.float64]
@@ -70,16 +71,10 @@ def measure(found: HeldOut) -> dict[str, float]:
         "rewards/chosen": float(np.mean(chosen)),
         "rewards/rejected": float(np.mean(rejected)),
         "rewards/margins": float(np.mean(margins)),
-        "margin_length_correlation": _correlation(np.concatenate(gaps, axis=1)),
+        "margin_length_correlation": through_origin(np.concatenate(gaps, axis=1)),
     }
 
 
 def _pairs(targets: FloatArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     better, worse = np.nonzero(targets[:, None] > targets[None, :])
     return better, worse
-
-
-def _correlation(both: FloatArray) -> float:
-    """Through the origin: which of a pair stands first says nothing."""
-    products = both @ both.T
-    return float(products[0, 1] / np.sqrt(products[0, 0] * products[1, 1])) if (np.diag(products) > 0).all() else 0.0

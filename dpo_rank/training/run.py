@@ -290,7 +290,7 @@ def finish(
 
     """
     # Training ends in an artifact that is measured as its users will run it, so it calls export and evaluation.
-    from dpo_rank.evaluation.agreement import held_out_table
+    from dpo_rank.evaluation.agreement import held_out_table, log_probs_of
     from dpo_rank.evaluation.calibration import fit
     from dpo_rank.export.card import model_card
 
@@ -317,9 +317,7 @@ def finish(
     paired = [row for row in held if row.pairs()]
     final = ranker.manifest
     if paired:  # single answers say nothing about the order of several
-        log_probs = ranker.log_probs_many(
-            [row.prompt for row in paired], [row.candidates for row in paired], passages=[row.passages or None for row in paired]
-        )
+        log_probs = log_probs_of(ranker, paired)
         final, _ = fit(final, paired, log_probs)
         scores = [np.array([ranker.reward(item) for item in items]) for items in log_probs]
         final = replace(final, training={**final.training, "held_out": held_out_table(paired, scores)})

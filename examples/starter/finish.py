@@ -16,7 +16,7 @@ import numpy as np
 
 from dpo_rank import Ranker, artifact
 from dpo_rank.data.formats import read
-from dpo_rank.evaluation.agreement import held_out_table
+from dpo_rank.evaluation.agreement import held_out_table, log_probs_of
 from dpo_rank.evaluation.calibration import fit, fit_familiarity
 from dpo_rank.export.card import model_card
 
@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     held = list(read(args.held_out))
     ranker = Ranker.load(args.ranker, precision="int8")
-    tokens = ranker.log_probs_many([e.prompt for e in held], [e.candidates for e in held], passages=[e.passages or None for e in held])
+    tokens = log_probs_of(ranker, held)
     scores = [np.array([ranker.reward(item) for item in items]) for items in tokens]
     whole = [(example, items) for example, items in zip(held, tokens, strict=True) if example.raw["subset"] == WHOLE_PAIRS]
     source = artifact.load(args.ranker)

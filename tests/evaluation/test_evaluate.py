@@ -184,7 +184,7 @@ def test_an_ensemble_is_cautious_where_its_members_differ(ranker):
 
 @pytest.mark.models
 def test_a_classifier_scores_one_text_at_a_time_as_in_a_batch():
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the dev extra installs transformers")
     from tests.models import tiny
     from tests.toks import tokenizer
 
