@@ -2,6 +2,7 @@
 
     python benchmarks/latency.py                          # the grid at 134 M; hours on two cores; goes on where it stopped
     python benchmarks/latency.py --cells 512x16 --ways "dpo_rank;padded"
+    python benchmarks/latency.py --estimate-above 30      # the grid in an hour: longer runs are estimated and marked so
 
 Run on an otherwise idle machine. Every way runs in a process of its own. Writes docs/results/latency.json, .md and .svg. What is not
 installed is named as not run; peers need ``pip install 'dpo-rank[optimum]' 'sentence-transformers<6'`` beside the rest.
@@ -15,6 +16,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,6 @@ from dpo_rank.scoring.graph_engine import available_cpus
 
 HERE = Path(__file__).parent
 BASELINE = "padded batch, torch fp32"
-TOO_LONG = 300.0
 PACKAGES = ("torch", "transformers", "onnxruntime", "openvino", "sentence-transformers", "optimum-onnx")
 LENGTHS: list[list[int]] = json.loads((HERE / "lengths.json").read_text())
 """Token counts of 16 systems' answers to each of 275 prompts (AlpacaEval, test side), by the starter's tokenizer."""
@@ -41,20 +42,26 @@ def cells(full: bool) -> list[dict[str, Any]]:
         sizes += [(p, 256) for p in (128, 512, 2048)]
         shapes = list(SHAPES)
     return [
-        {"shape": shape, "prompt": prompt, "candidates": count, "kind": kind, "lengths": lengths(count, kind)}
+        {
+            "shape": shape,
+            "prompt": prompt,
+            "candidates": count,
+            "kind": kind,
+            "lengths": lengths(count, kind, several=(prompt, count) == (512, 16)),
+        }
         for shape in shapes
         for prompt, count in sizes
         for kind in ("equal", "ragged")
     ]
 
 
-def lengths(count: int, kind: str) -> list[list[int]]:
-    """The candidates' token counts of each run: 128 each, or real answers of five prompts from short to long."""
+def lengths(count: int, kind: str, several: bool) -> list[list[int]]:
+    """The candidates' token counts of each run: 128 each, or real answers of the prompt of median length (of five from short to long)."""
     if kind == "equal":
         return [[128] * count]
     by_total = sorted(LENGTHS, key=sum)
     together = -(-count // 16)
-    places = [round(len(by_total) * share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    places = [round(len(by_total) * share) for share in ((0.1, 0.3, 0.5, 0.7, 0.9) if several else (0.5,))]
     return [[n for numbers in by_total[place : place + together] for n in numbers][:count] for place in places]
 
 
@@ -96,6 +103,8 @@ def measure(way: str, cell: dict[str, Any], cache: Path, threads: int) -> dict[s
         "always": first and cell["kind"] == "equal",
     }
     done = subprocess.run([sys.executable, str(HERE / "ways.py"), way, json.dumps(request)], capture_output=True, text=True, check=False)
+    if done.returncode < 0:
+        return {"not_run": f"killed by signal {-done.returncode}: most likely out of memory"}
     if done.returncode:
         return {"not_run": done.stderr.strip().splitlines()[-1][:200] if done.stderr.strip() else f"exit status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -107,6 +116,38 @@ def floor_of(cell: dict[str, Any], threads: int) -> list[dict[str, float]]:
     arguments = json.dumps([SHAPES[cell["shape"]], cell["prompt"], cell["lengths"], threads])
     done = subprocess.run([sys.executable, "-c", code, arguments], capture_output=True, text=True, check=True, cwd=HERE)
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def overview(grid: list[dict[str, Any]], results: dict[str, Any]) -> str:
+    """Every measured cell as a line of seconds: the fastest way of all, and where it is not ours, that too is seen."""
+    measured = [cell for cell in grid if BASELINE in results.get(name_of(cell), {})]
+    ways = [way for way in WAYS if "shared" not in way and any(way in results[name_of(cell)] for cell in measured)]
+    lines = [
+        "Seconds for policy and reference together (a cross-encoder: one model), median; `~` is estimated from a shorter run of the same way; "
+        "the fastest of a cell in bold. In brackets: x faster than the padded batch in fp32.",
+        "",
+        "| prompt x candidates, kind | floor, fp32 | " + " | ".join(ways) + " |",
+        "|---|" + "---|" * (len(ways) + 1),
+    ]
+    for cell in measured:
+        found = results[name_of(cell)]
+        taken = {way: seconds for way in ways if (seconds := seconds_of(found.get(way)))}
+        best, limit = min(map(statistics.median, taken.values())), statistics.median(sum(part.values()) for part in found["floor"])
+        shown = []
+        for way in ways:
+            if way not in taken:
+                shown.append("")
+                continue
+            value, faster = statistics.median(taken[way]), median_ratio(taken[BASELINE], taken[way])
+            figure = f"**{value:.1f}**" if value == best else f"{value:.1f}"
+            shown.append(f"{'~' if 'estimated' in found[way] else ''}{figure} ({faster:.1f})")
+        lines.append(f"| {name_of(cell)} | {limit:.1f} | " + " | ".join(shown) + " |")
+    return "\n".join([*lines, "", ""])
+
+
+def median_ratio(above: list[float], below: list[float]) -> float:
+    """Median over a cell's prompts."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def table(grid: list[dict[str, Any]], results: dict[str, Any]) -> str:
@@ -154,9 +195,8 @@ def line(way: str, entry: dict[str, Any], floors: list[float], base: list[float]
         shown = f"{median:.2f} ({min(every):.2f} to {max(every):.2f})"
     else:
         shown = f"{median:.1f} (estimated)"
-    over = statistics.median(a / b for a, b in zip(found, floors, strict=True))
-    faster = "" if base is None else f"{statistics.median(b / a for a, b in zip(found, base, strict=True)):.1f}"
-    return f"| {way} | {shown} | {over:.2f} | {faster} | {1000 * median / count:.1f} | {entry.get('peak_mib', '')} |"
+    faster = "" if base is None else f"{median_ratio(base, found):.1f}"
+    return f"| {way} | {shown} | {median_ratio(found, floors):.2f} | {faster} | {1000 * median / count:.1f} | {entry.get('peak_mib', '')} |"
 
 
 def plot(grid: list[dict[str, Any]], results: dict[str, Any], path: Path) -> None:
@@ -203,6 +243,9 @@ def main() -> None:
     parser.add_argument("--cells", default="", help="only cells whose name holds this text")
     parser.add_argument("--ways", default="", help="only ways whose names hold one of these texts, separated by ;")
     parser.add_argument("--again", action="store_true", help="measure again what the results hold already")
+    parser.add_argument(
+        "--estimate-above", type=float, default=300.0, help="seconds; a run predicted to take longer is estimated from a shorter one"
+    )
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--cache", type=Path, default=Path("runs/bench"))
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
@@ -222,22 +265,23 @@ def main() -> None:
         artifact(cell["shape"], args.cache, ("fp32", "int8"))
         if any("shared" in way for way in wanted):
             artifact(cell["shape"], args.cache, ("fp32", "int8"), sharing=True)
-        if "floor" not in found or args.again:
+        if "floor" not in found or (args.again and not args.ways):  # some ways again: beside the floor of the others
             found["floor"] = floor_of(cell, args.threads)
         for way in wanted:
-            if way in found and not args.again:
-                continue
             seconds = predicted(way, cell, results, grid)
-            if seconds is not None and max(seconds) > TOO_LONG:
+            short = seconds is None or max(seconds) <= args.estimate_above
+            if way in found and not args.again and not (short and "estimated" in found[way]):
+                continue
+            if not short:
                 found[way] = {"estimated": seconds}
             else:
                 console.print(f"[dim]{name_of(cell)}: {way}[/]")
-                found[way] = measure(way, cell, args.cache, args.threads)
+                found[way] = {**measure(way, cell, args.cache, args.threads), "on": date.today().isoformat()}
             data["machine"] = machine(args.threads)
             args.output.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         console.print(table([cell], results), markup=False, highlight=False)
-    (args.output / "latency.md").write_text(table(cells(True), results), encoding="utf-8")
+    (args.output / "latency.md").write_text(overview(cells(True), results) + table(cells(True), results), encoding="utf-8")
     plot(grid, results, args.output / "latency.svg")
 
 

@@ -25,7 +25,8 @@ def workplace(tmp_path, monkeypatch):
     from tests.artifacts import tiny_pair
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(80)))
+    for name, seed in (("pairs", 0), ("test", 1)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs(80, seed=seed)))
     policy, reference, tok = tiny_pair()
     for place, model in (("path/to/policy", policy), ("path/to/reference", reference), ("models/starter-base", reference)):
         model.save_pretrained(tmp_path / place)

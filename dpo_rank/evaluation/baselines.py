@@ -127,7 +127,8 @@ def by_name(spec: str, examples: Sequence[Example], progress: Callable[[int], No
 
     Args:
         spec: ``cross-encoder:PATH_OR_ID`` (sentence-transformers), ``reward-model:PATH_OR_ID`` (a transformers sequence classifier
-            with one output), ``ranker:PATH_OR_ID`` (one of ours), or ``module:function`` with the signature of `Ranker.score_many`.
+            with one output), ``ranker:PATH_OR_ID`` (one of ours), ``ensemble:PATH_OR_ID,PATH_OR_ID,...`` (several of ours as one
+            cautious `Ensemble`), or ``module:function`` with the signature of `Ranker.score_many`.
         examples: what to score.
         progress: told of finished rows.
 
@@ -137,7 +138,7 @@ def by_name(spec: str, examples: Sequence[Example], progress: Callable[[int], No
     """
     kind, _, name = spec.partition(":")
     if not name:
-        raise DataError(f"baseline {spec!r}: expected cross-encoder:ID, reward-model:ID, ranker:ID or module:function")
+        raise DataError(f"baseline {spec!r}: expected cross-encoder:ID, reward-model:ID, ranker:ID, ensemble:ID,ID or module:function")
     try:
         scorer = _OPENERS[kind](name) if kind in _OPENERS else _function(kind, name)
         score_examples(scorer, examples[:1])  # what is loaded lazily is loaded now
@@ -267,4 +268,16 @@ def _ranker(name: str) -> Scorer:
     return Ranker.load(name)
 
 
-_OPENERS: dict[str, Callable[[str], Scorer]] = {"cross-encoder": _cross_encoder, "reward-model": _reward_model, "ranker": _ranker}
+def _ensemble(names: str) -> Scorer:
+    from dpo_rank.evaluation.ensemble import Ensemble
+    from dpo_rank.ranker import Ranker
+
+    return Ensemble([Ranker.load(name) for name in names.split(",")])
+
+
+_OPENERS: dict[str, Callable[[str], Scorer]] = {
+    "cross-encoder": _cross_encoder,
+    "reward-model": _reward_model,
+    "ranker": _ranker,
+    "ensemble": _ensemble,
+}

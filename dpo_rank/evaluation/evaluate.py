@@ -178,11 +178,10 @@ def evaluate(
         return [np.array([ranker.reward(item) for item in items]) for items in tokens]
 
     mine = baselines.timed(ranker.name or "the ranker", used, score)
-    scored = [mine, *baselines.by_rules(used), *baselines.by_parts(used, tokens, ranker.beta, ranker.manifest.reward)]
-    scored += baselines.beside(others, used)
-    lengths = [np.array([len(item.policy) for item in items]) for items in tokens]
-    plain = ranker.correction is None and np.ptp(np.concatenate(lengths)) > 0
-    correction = style.correction_effect(used, mine.scores, lengths) if plain else None
+    *parts, corrected = baselines.by_parts(used, tokens, ranker.beta, ranker.manifest.reward)
+    scored = [mine, *baselines.by_rules(used), *parts, corrected, *baselines.beside(others, used)]
+    plain = ranker.correction is None and corrected.problem is None
+    correction = style.correction_effect(used, mine.scores, corrected.scores) if plain else None
     manifest = ranker.manifest
     facts = {
         "ranker": ranker.name,

@@ -404,16 +404,15 @@ def corrected(examples: Sequence[Example], rewards: Scores, tokens: Scores) -> l
     return found
 
 
-def correction_effect(examples: Sequence[Example], rewards: Scores, tokens: Scores) -> CorrectionEffect:
-    """Measure the correction by cross-fitting.
+def correction_effect(examples: Sequence[Example], rewards: Scores, after: Scores) -> CorrectionEffect:
+    """What it changed that rewards became those ``after`` (see `corrected`).
 
     Raises:
-        DataError: all answers are equally long, or no labels.
+        DataError: no labels.
 
     """
     from dpo_rank.evaluation.agreement import pair_agreement
 
-    after = corrected(examples, rewards, tokens)
     used = [row for row, example in enumerate(examples) if example.pairs()]
     clusters = [prompt_hash(examples[row].prompt) for row in used]
     old, new = ([pair_agreement(scores[row], examples[row].scores or ()) for row in used] for scores in (rewards, after))

@@ -220,3 +220,7 @@ def test_specs_of_baselines():
     rows = [parse(row) for row in synthetic_pairs(2)]
     assert by_name("reward-model:/no/such/model", rows).problem
     assert by_name("ranker:/no/such/ranker", rows).problem == "/no/such/ranker: no such directory (a hub id has the form owner/name)"
+    assert by_name("ensemble:starter", rows).problem == "an ensemble has at least two members"
+    one, twice = by_name("ranker:starter", rows), by_name("ensemble:starter,starter", rows)
+    for alone, both in zip(one.scores, twice.scores, strict=True):  # no disagreement: the scores in other units
+        assert both == pytest.approx((alone - alone.mean()) / Ranker.load("starter").temperature, abs=1e-5)

@@ -11,6 +11,7 @@ from dpo_rank.data.formats import parse, read
 from dpo_rank.evaluation import style
 from dpo_rank.evaluation.baselines import longest, shortest
 from dpo_rank.evaluation.style import (
+    corrected,
     correction_effect,
     explained,
     features,
@@ -106,7 +107,7 @@ def lists_of(count, lean, noise, seed=0):
 @pytest.mark.parametrize("lean", [lambda n: -0.05 * n, lambda n: -3 * np.sqrt(n)])
 def test_the_correction_takes_off_a_lean_and_wins_back_the_agreement(lean):
     examples, rewards, tokens = lists_of(300, lean, 0.5)
-    effect = correction_effect(examples, rewards, tokens)
+    effect = correction_effect(examples, rewards, corrected(examples, rewards, tokens))
     assert effect.gain.excludes_zero
     assert effect.after.value > 0.85 > effect.before.value
     assert effect.explained_before > 0.5
@@ -118,7 +119,7 @@ def test_the_correction_takes_off_a_lean_and_wins_back_the_agreement(lean):
 
 def test_the_correction_leaves_what_does_not_lean():
     examples, rewards, tokens = lists_of(300, lambda n: 0 * n, 0.5)
-    effect = correction_effect(examples, rewards, tokens)
+    effect = correction_effect(examples, rewards, corrected(examples, rewards, tokens))
     assert abs(effect.gain.value) < 0.02
 
 
