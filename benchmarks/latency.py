@@ -69,27 +69,31 @@ def name_of(cell: dict[str, Any]) -> str:
     return f"{cell['shape']} {cell['prompt']}x{cell['candidates']} {cell['kind']}"
 
 
-def work(way: str, prompt: int, run: list[int]) -> float:
-    """Positions that a way reads, for predicting how long a run takes."""
-    if way.startswith(("padded", "optimum", "cross")):
-        return len(run) * (prompt + max(run))
+def size(way: str, cell: dict[str, Any], results: dict[str, Any]) -> list[float]:
+    """What a way's time grows with, of each run of a cell: our ways by the floor, others by the positions that they read.
+
+    A count of positions leaves out that attention grows with the prompt: it flatters the peers.
+    """
+    prompt, runs = cell["prompt"], cell["lengths"]
+    if way.startswith("dpo_rank"):
+        return [sum(parts.values()) for parts in results[name_of(cell)]["floor"]]
     if way.startswith("prompt cache"):
-        return prompt + len(run) * max(run)
-    return prompt + sum(run)
+        return [prompt + len(run) * max(run) for run in runs]
+    return [len(run) * (prompt + max(run)) for run in runs]
 
 
 def predicted(way: str, cell: dict[str, Any], results: dict[str, Any], grid: list[dict[str, Any]]) -> list[float] | None:
     """Seconds of each run, from this way's largest measured run of the shape."""
     measured = [
-        (work(way, other["prompt"], lengths), statistics.median(run["seconds"]))
+        (size_of_run, statistics.median(run["seconds"]))
         for other in grid
         if other["shape"] == cell["shape"] and "runs" in (found := results.get(name_of(other), {}).get(way, {}))
-        for lengths, run in zip(other["lengths"], found["runs"], strict=True)
+        for size_of_run, run in zip(size(way, other, results), found["runs"], strict=True)
     ]
     if not measured:
         return None
-    size, seconds = max(measured)
-    return [seconds * work(way, cell["prompt"], run) / size for run in cell["lengths"]]
+    largest, seconds = max(measured)
+    return [seconds * own / largest for own in size(way, cell, results)]
 
 
 def measure(way: str, cell: dict[str, Any], cache: Path, threads: int) -> dict[str, Any]:
@@ -268,11 +272,10 @@ def main() -> None:
         if "floor" not in found or (args.again and not args.ways):  # some ways again: beside the floor of the others
             found["floor"] = floor_of(cell, args.threads)
         for way in wanted:
-            seconds = predicted(way, cell, results, grid)
-            short = seconds is None or max(seconds) <= args.estimate_above
-            if way in found and not args.again and not (short and "estimated" in found[way]):
+            if way in found and not args.again and "estimated" not in found[way]:
                 continue
-            if not short:
+            seconds = predicted(way, cell, results, grid)
+            if seconds is not None and max(seconds) > args.estimate_above:
                 found[way] = {"estimated": seconds}
             else:
                 console.print(f"[dim]{name_of(cell)}: {way}[/]")

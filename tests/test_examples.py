@@ -48,23 +48,12 @@ def run(script, *arguments):
 
 
 def test_rows_are_made_and_split_by_prompt(data, tmp_path):
-    run("rows.py", "--data", data, "--output", tmp_path, "--lists", 40, "--of-any-length", 20, "--held-out-damaged", 70, "--short", 0.5)
+    run("rows.py", "--data", data, "--output", tmp_path, "--damaged", 300, "--held-out-damaged", 70, "--short", 0.5)
     train, held = (list(read(tmp_path / f"{name}.jsonl")) for name in ("train", "held_out"))
     assert not [row for row in train if held_out(row.prompt)]
     assert all(held_out(row.prompt) for row in held)
     kinds = {"cut off", "looping", "answer to another prompt", "shuffled", "prompt echoed", "needless refusal", "garbled"}
-    learned = {"whole or broken", "length alone", "human: harmless", "answer over passages"}
-    assert learned == {row.raw["subset"] for row in train}
-    lists = [row for row in train if row.raw["subset"] == "whole or broken"]
-    assert len(lists) == 40
-    for row in lists:
-        texts = [candidate.text for candidate in row.candidates]
-        whole = [text for text, score in zip(texts, row.scores, strict=True) if score == 1.0]
-        assert whole
-        assert 0.0 in row.scores
-        assert len(set(texts)) == len(texts)
-        assert all(longer.startswith(shorter) for shorter, longer in itertools.pairwise(sorted(whole, key=len)))
-    assert kinds | {"human: harmless", "answer over passages"} == {row.raw["subset"] for row in held}
+    assert kinds | {"human: harmless", "answer over passages"} == {row.raw["subset"] for row in train}
     damaged = [row for row in held if row.raw["subset"] in kinds]
     assert len(damaged) == 70
     assert all(row.candidates[0].text != row.candidates[1].text for row in damaged)
@@ -78,7 +67,7 @@ def test_a_base_is_trained(data, tmp_path):
 
 
 def test_the_starter_is_finished_from_a_ranker(data, tmp_path, tiny_artifact):
-    run("rows.py", "--data", data, "--output", tmp_path, "--lists", 10, "--held-out-damaged", 21)
+    run("rows.py", "--data", data, "--output", tmp_path, "--damaged", 10, "--held-out-damaged", 21)
     run("finish.py", "--ranker", tiny_artifact, "--held-out", tmp_path / "held_out.jsonl", "--output", tmp_path / "starter")
     made = Ranker.load(tmp_path / "starter")
     assert (made.name, made.precision, made.calibrated) == ("starter", "int8", True)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from dpo_rank.scoring.pack import Layout
@@ -143,13 +144,17 @@ def _whole(
     prompt_k, prompt_v = _take(k, layout.key_index), _take(v, layout.key_index)
     own = layout.own_index + num_prompt
     run = layout.run_index + num_prompt
-    prompts = attend.prompt(_take(q, layout.prompt_index), prompt_k, prompt_v, layout.past_length, no_past)
+    asked = _take(q, layout.prompt_index)
+    if no_past and sinks is None and attend.plain and not torch.compiler.is_exporting():
+        prompts = _untake(attend.fused(asked, prompt_k, prompt_v), layout.prompt_slot)
+    else:
+        partial = attend.prompt(asked, prompt_k, prompt_v, layout.past_length, no_past)
+        prompts = _with_sinks(_Partial(*(_untake(part, layout.prompt_slot) for part in partial)), sinks)
     owns = attend.own(_take(q, own), _take(row_k, own), _take(row_v, own))
     runs = attend.prefix(_take(q, run), prompt_k, prompt_v, _take(layout.positions, run), layout.key_length)
-    prompt_part = _Partial(*(_untake(part, layout.prompt_slot) for part in prompts))
     own_part = _Partial(*(_untake(part, layout.own_slot) for part in owns))
     run_part = _Partial(*(_untake(part, layout.run_slot) for part in runs))
-    return torch.cat([_with_sinks(prompt_part, sinks), _with_sinks(_merged(own_part, run_part), sinks)])
+    return torch.cat([prompts, _with_sinks(_merged(own_part, run_part), sinks)])
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -180,6 +185,19 @@ class _Attend:
         ]
         return _joined(parts)
 
+    @property
+    def plain(self) -> bool:
+        """Neither a window nor a cap."""
+        return self.window is None and self.softcap is None
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal attention of prompts that are read from their start, by torch's own kernel: it keeps no scores. It gives no log-sum-exp
+        either, which only a part that is merged needs.
+        """
+        keys, values = (part.repeat_interleave(self.rep, dim=2).transpose(1, 2) for part in (k, v))  # not every kernel groups queries
+        out = scaled_dot_product_attention(q.flatten(2, 3).transpose(1, 2), keys, values, is_causal=True, scale=1.0)
+        return out.transpose(1, 2).reshape(q.shape)
+
     def prompt(self, q: Tensor, k: Tensor, v: Tensor, past_length: Tensor, no_past: bool) -> _Partial:
         """Causal attention of the prompts' tokens; outside an exported graph a block of queries at a time."""
         key_at = torch.arange(k.shape[1], device=q.device)[None, None, :]
@@ -198,7 +216,7 @@ class _Attend:
         """Candidates' tokens at ``positions`` [batch, queries] over their prompt's keys, ``lengths`` [batch] of them real."""
         key_at = torch.arange(k.shape[1], device=q.device)
         real = key_at[None, :] < lengths[:, None]
-        if self.window is None and self.softcap is None:
+        if self.plain:
             # Which keys are real does not depend on the query: one more component of the product says it, without another
             # pass over the scores.
             hidden = torch.where(real, 0.0, _MASKED).to(q.dtype)[:, :, None, None].expand(-1, -1, k.shape[2], 1)
