@@ -294,9 +294,7 @@ def evaluate(
     compare: Annotated[str | None, typer.Option(help="Another ranker of ours, by path or id, compared row by row.")] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(
-            help="cross-encoder:ID, reward-model:ID, ranker:ID, ensemble:ID,ID, rankings:FILE, module:function; may be repeated."
-        ),
+        typer.Option(help="cross-encoder:ID, reward-model:ID, ranker:ID, ensemble:ID,ID, rankings:FILE, module:function; may be repeated."),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="reward-bench, reward-bench-2, rm-bench or judgebench, in its own schema.")] = None,
     train_data: Annotated[str | None, typer.Option(help="Rows it was trained on, to find prompts that stand on both sides.")] = None,
