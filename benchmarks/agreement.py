@@ -140,12 +140,16 @@ def rivals(data: Path, folder: Path) -> list[tuple[str, Scorer | str]]:
 
 def by_rivals(others: list[tuple[str, Scorer | str]], examples: list[Any]) -> list[Scored]:
     """The rivals' scores, or why there are none."""
-    return [
-        Scored(name, [], problem=scorer)
-        if isinstance(scorer, str)
-        else timed(name, examples, lambda scorer=scorer: score_examples(scorer, examples))
-        for name, scorer in others
-    ]
+    found = []
+    for name, scorer in others:
+        if isinstance(scorer, str):
+            found.append(Scored(name, [], problem=scorer))
+            continue
+        try:
+            found.append(timed(name, examples, lambda scorer=scorer: score_examples(scorer, examples)))
+        except DpoRankError as error:  # such as passages, which it was not trained on
+            found.append(Scored(name, [], problem=str(error)))
+    return found
 
 
 def main() -> None:
@@ -154,6 +158,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("DPO_RANK_DATA", "../shared/data")))
     parser.add_argument("--most", type=int, default=None, help="rows of each file at most")
     parser.add_argument("--rivals", type=Path, default=None, help="where rivals trained on hh_harmless.train are kept")
+    parser.add_argument(
+        "--rivals-not-on", nargs="*", default=[], help="files on which the rivals are not run (16 long answers a prompt take them minutes)"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     args = parser.parse_args()
     console = Console()
@@ -166,7 +173,8 @@ def main() -> None:
             console.print(f"{name}: skipped, {path} is absent")
             continue
         examples = [example for example in read(path) if example.pairs()][: args.most]
-        beside = by_rivals(others, examples)
+        left_out = [(rival, f"left out on {name}") for rival in RIVALS]
+        beside = by_rivals(left_out if name in args.rivals_not_on else others, examples)
         evaluations[name] = evaluate(ranker, examples, str(path), others=beside, perturb=name == FILES[0])
         console.print(tables.of_evaluation(evaluations[name]), evaluations[name].length.verdict, *evaluations[name].warnings, sep="\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
