@@ -24,8 +24,8 @@ from rich.console import Console
 from dpo_rank import Ranker, tables
 from dpo_rank.data.formats import read
 from dpo_rank.errors import DpoRankError
-from dpo_rank.evaluation.agreement import Scorer, score_examples
-from dpo_rank.evaluation.baselines import ClassifierScorer, CrossEncoderScorer, Scored, timed
+from dpo_rank.evaluation.agreement import Scorer
+from dpo_rank.evaluation.baselines import ClassifierScorer, CrossEncoderScorer, Scored, by_scorer
 from dpo_rank.evaluation.evaluate import Evaluation, evaluate
 
 FILES = ("hh_harmless.test", "mtbench_human.test", "llmbar.test", "halueval_qa.test", "gsm8k_solutions.test", "alpacaeval_16.test")
@@ -140,16 +140,10 @@ def rivals(data: Path, folder: Path) -> list[tuple[str, Scorer | str]]:
 
 def by_rivals(others: list[tuple[str, Scorer | str]], examples: list[Any]) -> list[Scored]:
     """The rivals' scores, or why there are none."""
-    found = []
-    for name, scorer in others:
-        if isinstance(scorer, str):
-            found.append(Scored(name, [], problem=scorer))
-            continue
-        try:
-            found.append(timed(name, examples, lambda scorer=scorer: score_examples(scorer, examples)))
-        except DpoRankError as error:  # such as passages, which it was not trained on
-            found.append(Scored(name, [], problem=str(error)))
-    return found
+    return [
+        Scored(name, [], problem=scorer) if isinstance(scorer, str) else by_scorer(name, lambda scorer=scorer: scorer, examples)
+        for name, scorer in others
+    ]
 
 
 def main() -> None:

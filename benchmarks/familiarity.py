@@ -3,8 +3,7 @@
     python benchmarks/familiarity.py
 
 Quantiles are taken on half of hh_harmless.test (the starter was trained on its kind); flagged are the other half and every other file of
-the folder that DPO_RANK_DATA names. The prompt's end (600 characters) is read as an answer to a full stop, which costs about what
-positions of the head and a row of its tokens cost. Writes docs/results/familiarity.json.
+the folder that DPO_RANK_DATA names. The prompt's end (600 characters) is read as an answer to a full stop. Writes docs/results/familiarity.json.
 """
 
 from __future__ import annotations
@@ -60,12 +59,12 @@ def main() -> None:
     chosen = {"candidates": ("candidates",), "prompt": ("prompt",), "both": ("candidates", "prompt")}
     bounds = {}
     for name, parts in chosen.items():
-        joined = np.concatenate([values[part] for part in parts], axis=1)[fitted]
+        every = np.concatenate([values[part] for part in parts], axis=1)
+        joined = every[fitted]
         tails = np.linspace(0.001, 0.05, 50)
         quantiles = [np.quantile(joined, [tail, 1 - tail], axis=0) for tail in tails]
         bounds[name] = min(quantiles, key=lambda pair: abs(beyond(joined, pair[0], pair[1]).mean() - 0.05))
-        rest = np.concatenate([values[part] for part in parts], axis=1)[~fitted]
-        results.setdefault(HOME, {})[name] = float(beyond(rest, *bounds[name]).mean())
+        results.setdefault(HOME, {})[name] = float(beyond(every[~fitted], *bounds[name]).mean())
     for file in AWAY:
         rows = [row for row in read(DATA / f"{file}.jsonl.gz") if row.pairs()][:100]
         start = time.perf_counter()

@@ -2,7 +2,7 @@
 
     python benchmarks/latency.py                          # the grid at 134 M; hours on two cores; goes on where it stopped
     python benchmarks/latency.py --cells 512x16 --ways "dpo_rank;padded"
-    python benchmarks/latency.py --estimate-above 30      # the grid in an hour: longer runs are estimated and marked so
+    python benchmarks/latency.py --estimate-above 30      # the grid in an hour and a half: longer runs are estimated and marked so
 
 Run on an otherwise idle machine. Every way runs in a process of its own. Writes docs/results/latency.json, .md and .svg. What is not
 installed is named as not run; peers need ``pip install 'dpo-rank[optimum]' 'sentence-transformers<6'`` beside the rest.

@@ -139,12 +139,19 @@ def by_name(spec: str, examples: Sequence[Example], progress: Callable[[int], No
     kind, _, name = spec.partition(":")
     if not name:
         raise DataError(f"baseline {spec!r}: expected cross-encoder:ID, reward-model:ID, ranker:ID, ensemble:ID,ID or module:function")
+    return by_scorer(spec, lambda: _OPENERS[kind](name) if kind in _OPENERS else _function(kind, name), examples, progress)
+
+
+def by_scorer(
+    name: str, opened: Callable[[], Scorer], examples: Sequence[Example], progress: Callable[[int], None] = lambda _: None
+) -> Scored:
+    """Scores by what ``opened`` returns; one that cannot be opened or cannot score these rows comes with its `Scored.problem`."""
     try:
-        scorer = _OPENERS[kind](name) if kind in _OPENERS else _function(kind, name)
+        scorer = opened()
         score_examples(scorer, examples[:1])  # what is loaded lazily is loaded now
-        return timed(spec, examples, lambda: score_examples(scorer, examples, progress))
+        return timed(name, examples, lambda: score_examples(scorer, examples, progress))
     except (DpoRankError, ImportError, OSError, ValueError) as error:
-        return Scored(spec, [], problem=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return Scored(name, [], problem=str(error).splitlines()[0] if str(error) else type(error).__name__)
 
 
 def beside(others: Sequence[str | Scored], examples: Sequence[Example]) -> list[Scored]:
