@@ -56,6 +56,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         soft_labels: scores are shares of annotators (sigmoid, softmax) or probabilities (pointwise).
         length_alpha: R-DPO (Park et al. 2024, arXiv 2403.19159, equation 9): reward per token that training credits to a candidate's
             length, so that the policy need not learn it; ranking does without.
+        rpo_alpha: RPO (Pang et al. 2024, arXiv 2404.19733, equation 1): weight of language modelling on a row's best answer, in nats a
+            token, beside the loss; it keeps the log-probs of whole answers from falling with those of the worse ones.
         desirable_weight, undesirable_weight: of KTO.
         train_layers: only the top so many layers, the final norm and an untied head are trained; the pair then shares its lower layers.
         token_budget: tokens of one packed row; a step's rows are cut into as many packed rows as that takes. None: 1,024 on a CPU, where
@@ -117,6 +119,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
     score_margin: float = 0.0
     soft_labels: bool = False
     length_alpha: float = 0.0
+    rpo_alpha: float = 0.0
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     train_layers: int | None = None
@@ -142,7 +145,7 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         "truncation_mode": "prompts lose their left and answers their tail, and both are counted",
         "router_aux_loss_coef": "there is no loss for balancing experts",
         "padding_free": "rows are always read without padding",
-        "loss_weights": "a run has one loss",
+        "loss_weights": "a run has one loss; rpo_alpha adds language modelling on the best answer",
         "ld_alpha": "not here; length_alpha (R-DPO) and reward='mean' hold length back",
         "f_divergence_type": "the implicit reward that ranks is that of the reverse KL divergence",
         "f_alpha_divergence_coef": "the implicit reward that ranks is that of the reverse KL divergence",
@@ -182,6 +185,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         for name in (*above_zero, "loss_temperature", "token_budget"):
             if not getattr(self, name) > 0:
                 raise DataError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.rpo_alpha < 0:
+            raise DataError(f"rpo_alpha is a weight, 0 or above, not {self.rpo_alpha}")
         if not 0 < self.held_out < 1:
             raise DataError(f"held_out is a share between 0 and 1, not {self.held_out}")
         if self.reward not in (None, "sum", "mean"):
@@ -230,6 +235,8 @@ class DPOConfig(TrainingArguments):  # type: ignore[misc]  # transformers ships 
         options = {theirs: value for theirs, value, default in given.values() if value != default}
         check_options(name, options)
         kind = LOSSES[name]
+        if self.rpo_alpha and kind.single:
+            raise DataError(f"rpo_alpha needs rows with a better and a worse answer; loss {name!r} reads single ones")
         if "beta" in kind.options():
             options["beta"] = self.beta
         if self.reward and kind.reward and self.reward != kind.reward:

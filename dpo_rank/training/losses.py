@@ -178,6 +178,18 @@ def kto(
     return _mean_of_candidates(torch.where(targets > 0, good, bad), mask)
 
 
+def nll_of_the_best(mean_logps: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """``[B]``: nats a token of a row's best answer, the mean over several best ones: the second term of RPO (Pang et al. 2024,
+    arXiv 2404.19733, equation 1).
+
+    Args:
+        mean_logps: ``[B, N]``, mean log-prob of a candidate's tokens under the policy, nats.
+        mask, targets: see the module.
+
+    """
+    return _mean_of_candidates(-mean_logps, mask & (targets == _top(targets, mask)))
+
+
 def labelled_pairs(mask: Tensor, targets: Tensor) -> Tensor:
     """``[B, N, N]``: True where both candidates stand and the first has the higher label."""
     return (targets[:, :, None] > targets[:, None, :]) & mask[:, :, None] & mask[:, None, :]

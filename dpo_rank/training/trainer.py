@@ -30,7 +30,7 @@ from dpo_rank.training import checkpoint, policy, prepare
 from dpo_rank.training.collate import Collator, Slice, layout_of, per_candidate
 from dpo_rank.training.config import AUTO, DPOConfig
 from dpo_rank.training.heldout import HeldOut, measure
-from dpo_rank.training.losses import LOSSES, kto, labelled_pairs
+from dpo_rank.training.losses import LOSSES, kto, labelled_pairs, nll_of_the_best
 from dpo_rank.training.prepare import TrainingGroup
 from dpo_rank.training.progress import EvaluateLast, Guard, ProgressBar, StopOnInterrupt
 from dpo_rank.training.reference import with_reference
@@ -283,7 +283,11 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         if "reference_point" in part:
             options["reference_point"] = part["reference_point"]
         shaped = rewards + self.args.length_alpha * part["lengths"] if self.args.length_alpha else rewards
-        return self.kind.function(shaped, part["mask"], part["targets"], **options), rewards
+        losses = self.kind.function(shaped, part["mask"], part["targets"], **options)
+        if self.args.rpo_alpha:
+            mean_logps = (sums / part["lengths"].clamp(min=1)).float()
+            losses = losses + self.args.rpo_alpha * nll_of_the_best(mean_logps, part["mask"], part["targets"])
+        return losses, rewards
 
     def _rewards(self, policy_sums: Tensor, part: Slice) -> Tensor:
         if "reference" in part:

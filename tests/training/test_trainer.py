@@ -86,6 +86,17 @@ def test_r_dpo_credits_length_in_training_alone(tmp_path):
     assert plain["eval_rewards/margins"] == pytest.approx(shaped["eval_rewards/margins"], abs=1e-6)
 
 
+def test_rpo_keeps_the_log_probs_of_the_better_answers(tmp_path):
+    """Without it they fall with those of the worse ones."""
+    chosen = {}
+    for alpha in (0.0, 2.0):
+        trainer = trainer_of(tmp_path / str(alpha), reference=False, rpo_alpha=alpha, learning_rate=5e-3, num_train_epochs=4)
+        trainer.train()
+        chosen[alpha] = trainer.evaluate(trainer.rows)["eval_rewards/chosen"]
+    assert chosen[2.0] > chosen[0.0]
+    assert chosen[2.0] > 0
+
+
 @pytest.mark.parametrize(("rows", "loss"), [(list(pairs(6)), "sigmoid"), (list(lists(6)), "sigmoid")])
 def test_the_loss_is_found_from_the_data(tmp_path, rows, loss):
     assert trainer_of(tmp_path, rows).loss_name == loss
@@ -244,6 +255,8 @@ BAD = {
     "takes no temperature": {"loss_type": "sigmoid", "loss_temperature": 2.0},
     "does not go with": {"loss_type": "ipo", "reward": "sum"},
     "beta must be above 0": {"beta": 0.0},
+    "rpo_alpha is a weight": {"rpo_alpha": -1.0},
+    "rpo_alpha needs rows": {"rpo_alpha": 1.0, "loss_type": "kto"},
 }
 
 

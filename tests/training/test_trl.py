@@ -50,13 +50,12 @@ def trl_trainer(policy, reference, tok, rows, directory, **options):
         beta=BETA,
         max_length=None,
         per_device_train_batch_size=len(rows),
-        per_device_eval_batch_size=len(rows),
         report_to=[],
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
         save_strategy="no",
-        **options,
+        **{"per_device_eval_batch_size": len(rows), **options},
     )
     data = Dataset.from_list(rows)
     return Trainer(model=policy, ref_model=reference, args=args, processing_class=tok, train_dataset=data, eval_dataset=data)
@@ -92,6 +91,18 @@ def test_every_loss_that_trl_has_too_equals_its(loss, tmp_path):
     policy, reference, _ = tiny_pair(tok=tok)
     ours = our_figures(policy, reference, tok, PLAIN, tmp_path, loss_type=loss, **options)
     assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5, abs=1e-5)
+
+
+def test_rpo_equals_trl_with_its_two_losses(tmp_path):
+    tok = tokenizer(chat=False)
+    policy, reference, _ = tiny_pair(tok=tok)
+    row_by_row = {"per_device_eval_batch_size": 1}  # TRL's language modelling is a mean over the tokens of a batch, ours over rows
+    both = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}
+    theirs = trl_trainer(policy, reference, tok, PLAIN, tmp_path, **row_by_row, **both).evaluate()
+    policy, reference, _ = tiny_pair(tok=tok)
+    ours = our_figures(policy, reference, tok, PLAIN, tmp_path, rpo_alpha=0.5)
+    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5, abs=1e-5)
+    assert ours["eval_loss"] > 1.0  # 0.69 without
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["standard", "conversational"])
