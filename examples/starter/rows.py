@@ -127,12 +127,12 @@ DAMAGE: dict[str, Callable[[random.Random, str, str, str], tuple[str, str] | Non
     "garbled": garbled,
 }
 WEIGHTS = {
-    "cut off": 4,
+    "cut off": 6,
     "looping": 2,
-    "answer to another prompt": 7,
-    "shuffled": 3,
-    "prompt echoed": 2,
-    "needless refusal": 2,
+    "answer to another prompt": 8,
+    "shuffled": 2,
+    "prompt echoed": 4,
+    "needless refusal": 1,
     "garbled": 1,
 }
 
@@ -181,7 +181,7 @@ def over_passages(rows: dict[str, list[Row]], held: bool, seed: int) -> Iterator
     ]
     for row, answer in right:
         others = sorted((abs(len(text) - len(answer)), rng.random(), text) for _, text in right if text != answer)
-        for _, _, other in others[: 2 if held else 4]:
+        for _, _, other in others[:2]:
             passages = [{"text": passage["text"]} for passage in row["passages"]]
             yield {"prompt": row["prompt"], "passages": passages, "chosen": answer, "rejected": other, "subset": "answer over passages"}
 
@@ -196,8 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=None, help="folder of the jsonl.gz files, or 'hub' for the public datasets")
     parser.add_argument("--output", type=Path, default=Path("runs/starter"))
-    parser.add_argument("--damaged", type=int, default=9000)
+    parser.add_argument("--damaged", type=int, default=7000)
     parser.add_argument("--held-out-damaged", type=int, default=420)
+    parser.add_argument("--human-times", type=int, default=2, help="how often each human pair is trained on")
     parser.add_argument("--short", type=float, default=0.45, help="share of the whole answers that are their first sentences")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -206,7 +207,7 @@ def main() -> None:
     for name, held, count in (("train", False, args.damaged), ("held_out", True, args.held_out_damaged)):
         made = [*damaged(source, count, held, args.seed, args.short), *over_passages(source, held, args.seed)]
         rng = random.Random(args.seed)
-        made += human(source, held)
+        made += list(human(source, held)) * (1 if held else args.human_times)
         rng.shuffle(made)
         with (args.output / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
