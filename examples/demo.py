@@ -18,7 +18,7 @@ PROMPTS = {
     ],
     "Write a short thank-you note to a neighbour who watered my plants.": [
         "Dear Sam, thank you for watering the plants while we were away. They look wonderful, and so does the balcony. Coffee at ours soon?",
-        "Dear Sam, thank you thank you thank you thank you thank you thank you thank you thank you thank you thank you thank you.",
+        "Dear Sam, thank you for watering the plants for watering the plants for watering the plants for watering the plants while we were away.",
         "Write a short thank-you note to a neighbour who watered my plants.",
         "D#ar S~m, th;nk yo% f)r w@ter!ng th+ pl=nts wh^le w< wer_ aw&y.",
     ],
@@ -53,7 +53,7 @@ def main() -> None:
     show(console, ranker, prompt, answers)
     console.print(
         f"Two good answers: the starter says {ranker.compare(prompt, *answers):.2f} for the first. "
-        "It tells broken answers from whole ones; between good ones it knows little, and says so.\n"
+        "It tells broken answers from whole ones; of two good ones it knows little.\n"
     )
     question, passages, answers = PASSAGES
     show(console, ranker, question, answers, passages)

@@ -186,7 +186,8 @@ def main() -> None:
     tokenizer.save_pretrained(args.output)
     settings = args.output / "tokenizer_config.json"  # transformers 5 writes a class that 4 does not know
     written = {**json.loads(settings.read_text(encoding="utf-8")), "tokenizer_class": "PreTrainedTokenizerFast"}
-    written.pop("backend", None)
+    for name in ("backend", "is_local", "local_files_only"):
+        written.pop(name, None)
     settings.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 

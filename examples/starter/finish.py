@@ -1,9 +1,11 @@
 """Stage 3 of the starter: the trained ranker as the artifact that the wheel carries.
 
-    python examples/starter/finish.py --ranker runs/starter/ranker --held-out runs/starter/held_out.jsonl --output dpo_rank/starter
+    python examples/starter/finish.py --ranker runs/starter/ranker --held-out runs/starter/more/held_out.jsonl --output dpo_rank/starter
 
-Keeps the int8 graphs only, fits the temperature and the thresholds of `ranking.confident` on pairs of two *whole* answers that were held
-out of training (so that between two good answers the probability stays near 0.5), what is familiar on all held-out rows, and writes the model card with what the int8 graphs reach on held-out rows.
+Keeps the int8 graphs only and fits on held-out rows: the temperature, as high as a calibration error of at most 0.05 above a perfect model's
+allows on all of them, for the higher it is the nearer to 0.5 stays the probability between two *whole* answers, about which the starter
+knows little; the thresholds of `ranking.confident` on two whole answers alone, where it is easily wrong; and what is familiar on all.
+The model card says what the int8 graphs reach on these rows, and which goals they miss.
 """
 
 from __future__ import annotations
@@ -11,13 +13,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dpo_rank import Ranker, artifact
-from dpo_rank.data.formats import read
-from dpo_rank.evaluation.agreement import held_out_table, log_probs_of
-from dpo_rank.evaluation.calibration import fit, fit_familiarity
+from dpo_rank.data.formats import Example, read
+from dpo_rank.evaluation.agreement import Scores, held_out_table, log_probs_of
+from dpo_rank.evaluation.calibration import Pairs, fit, fit_familiarity, fit_temperature, pairs_of, reliability
+from dpo_rank.evaluation.style import explained
 from dpo_rank.export.card import model_card
 
 WHOLE_PAIRS = "human: harmless"
@@ -26,11 +30,36 @@ DESCRIPTION = [
     "needless refusal) and, a little, harmless from harmful ones, in English. It lets `Ranker.load()` work out of the box and `--model starter` train a first "
     "ranker in minutes on a CPU.",
     "**Not for:** choosing between two good answers, facts, reasoning, code, other languages, or any decision that matters. Its human pairs are about "
-    "harmlessness alone. Where the length rules in the table come near its own figure, it may have learned little more than length. It leans on how an answer ends: "
-    "outside the held-out rows, a fluent answer to another prompt, or shuffled words that end in a full stop, can come first.",
+    "harmlessness alone, and there it is not above the rule 'the shorter answer' by an interval that excludes 0 "
+    "(`docs/results.md`).",
     "**Data:** Anthropic/hh-rlhf harmless-base (MIT), openai/gsm8k (MIT), RUCAIBox/HaluEval (MIT); prompts held out by a hash. "
     "**Recipe:** `examples/starter/README.md`.",
 ]
+GOALS = {
+    **dict.fromkeys(("shuffled", "garbled", "needless refusal", "looping", "prompt echoed"), 0.97),
+    **dict.fromkeys(("cut off", "answer to another prompt"), 0.85),
+}
+"""Agreement that was aimed at, by what was done to the worse answer."""
+MISCALIBRATION = 0.05
+"""Calibration error above a perfect model's that was aimed at."""
+
+
+def modest_temperature(pairs: Pairs) -> float:
+    """The highest of 60 temperatures, from the likeliest to eight times it, at which the calibration error is near a perfect model's."""
+    temperatures = fit_temperature(pairs.margins, pairs.weights) * np.geomspace(1, 8, 60)
+    near = [t for t in temperatures if (found := reliability(pairs, t)).ece.value <= found.ece_of_perfect + MISCALIBRATION]
+    return float(max(near))
+
+
+def measured(held: list[Example], scores: Scores, temperature: float, table: dict[str, dict[str, Any]]) -> list[str]:
+    """What the card says of goals and calibration, from the rows themselves."""
+    missed = [f"{kind} {table[kind]['agreement']:.3f} (goal {goal})" for kind, goal in GOALS.items() if table[kind]["agreement"] < goal]
+    sure = reliability(pairs_of(held, scores), temperature)
+    return [
+        f"**Measured** on {len(held)} held-out rows, which also chose between three versions of it: goals missed of the seven kinds of damage: "
+        f"{', '.join(missed) or 'none'}. Calibration error {sure.ece.value:.3f} (a perfectly "
+        f"calibrated model: {sure.ece_of_perfect:.3f}); length explains {explained(held, scores)['length']:.0%} of the scores' variance."
+    ]
 
 
 def main() -> None:
@@ -46,18 +75,22 @@ def main() -> None:
     whole = [(example, items) for example, items in zip(held, tokens, strict=True) if example.raw["subset"] == WHOLE_PAIRS]
     source = artifact.load(args.ranker)
     fitted, _ = fit(source.manifest, *zip(*whole, strict=True), correction=True)
+    pairs = pairs_of(held, scores)
+    temperature = modest_temperature(pairs)
+    table = held_out_table(held, scores)
     kept = {name for name in source.manifest.files if name.startswith("onnx/int8/") or name == artifact.TOKENIZER}
     facts = {
         **source.manifest.training,
-        "description": DESCRIPTION,
+        "description": [*DESCRIPTION, *measured(held, scores, temperature, table)],
         "license": "apache-2.0",
         "base_model": "models/starter-base",
-        "temperature_fitted_on": f"{WHOLE_PAIRS} (held out, two whole answers)",
-        "held_out": held_out_table(held, scores),
+        "temperature_fitted_on": "held-out rows: the highest with a calibration error of at most 0.05 above a perfect model's",
+        "held_out": table,
     }
     final = replace(
         fitted,
         name="starter",
+        temperature=temperature,
         familiarity=fit_familiarity(tokens),
         training=facts,
         default_precision="int8",

@@ -137,8 +137,8 @@ WEIGHTS = {
 }
 
 
-def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int, short: float) -> Iterator[Row]:
-    """``count`` rows of a whole answer and a damaged one; held-out ones spread evenly over the kinds of damage.
+def damaged(rows: dict[str, list[Row]], count: int, weights: dict[str, int] | None, held: bool, seed: int, short: float) -> Iterator[Row]:
+    """``count`` rows of a whole answer and a damaged one, spread over the kinds of damage by ``weights``, or evenly.
 
     A share ``short`` of the whole answers is cut down to its first sentences.
     """
@@ -153,7 +153,7 @@ def damaged(rows: dict[str, list[Row]], count: int, held: bool, seed: int, short
     kinds = list(DAMAGE)
     made = 0
     while made < count:
-        kind = kinds[made % len(kinds)] if held else rng.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
+        kind = rng.choices(kinds, [weights[kind] for kind in kinds])[0] if weights else kinds[made % len(kinds)]
         source = general if rng.random() < 0.75 else whole
         prompt, answer = rng.choice(source)
         if rng.random() < short:  # whole all the same: its first sentences
@@ -198,14 +198,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/starter"))
     parser.add_argument("--damaged", type=int, default=7000)
     parser.add_argument("--held-out-damaged", type=int, default=420)
+    parser.add_argument("--refusals", type=int, default=WEIGHTS["needless refusal"], help="weight of needless refusals (see WEIGHTS)")
     parser.add_argument("--human-times", type=int, default=2, help="how often each human pair is trained on")
     parser.add_argument("--short", type=float, default=0.45, help="share of the whole answers that are their first sentences")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     source = load(args.data)
     args.output.mkdir(parents=True, exist_ok=True)
+    weights = {**WEIGHTS, "needless refusal": args.refusals}
     for name, held, count in (("train", False, args.damaged), ("held_out", True, args.held_out_damaged)):
-        made = [*damaged(source, count, held, args.seed, args.short), *over_passages(source, held, args.seed)]
+        made = [*damaged(source, count, None if held else weights, held, args.seed, args.short), *over_passages(source, held, args.seed)]
         rng = random.Random(args.seed)
         made += list(human(source, held)) * (1 if held else args.human_times)
         rng.shuffle(made)
