@@ -31,7 +31,8 @@ DESCRIPTION = [
     "ranker in minutes on a CPU.",
     "**Not for:** choosing between two good answers, facts, reasoning, code, other languages, or any decision that matters. Its human pairs are about "
     "harmlessness alone, and there it is not above the rule 'the shorter answer' by an interval that excludes 0 "
-    "(`docs/results.md`).",
+    "(`docs/results.md`). Its probabilities are right for broken answers beside whole ones and too bold between two whole ones: fit them on rows of "
+    "yours (`ranker.calibrate`).",
     "**Data:** Anthropic/hh-rlhf harmless-base (MIT), openai/gsm8k (MIT), RUCAIBox/HaluEval (MIT); prompts held out by a hash. "
     "**Recipe:** `examples/starter/README.md`.",
 ]
