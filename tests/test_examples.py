@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from dpo_rank import Ranker
 from dpo_rank.data.formats import held_out, read
@@ -64,6 +65,25 @@ def test_a_base_is_trained(data, tmp_path):
     assert "parameters" in out
     assert (tmp_path / "base" / "model.safetensors").is_file()
     assert (tmp_path / "base" / "tokenizer.json").is_file()
+    out = run(
+        "base.py", "--data", data, "--start", tmp_path / "base", "--copies", 0.5, "--epochs", 1, "--output", tmp_path / "more", "--no-bf16"
+    )
+    assert "read a second time" in out
+    assert (tmp_path / "more" / "tokenizer.json").read_bytes() == (tmp_path / "base" / "tokenizer.json").read_bytes()
+
+
+def test_checkpoints_are_averaged(data, tmp_path, tiny_artifact):
+    """The mean of a policy and its mirror image about the reference is the reference: every reward is 0."""
+    run("rows.py", "--data", data, "--output", tmp_path, "--damaged", 10, "--held-out-damaged", 21)
+    policy, reference = (load_file(tiny_artifact / name / "model.safetensors") for name in ("policy", "reference"))
+    for name, weights in (("one", policy), ("other", {key: 2 * reference[key] - value for key, value in policy.items()})):
+        (tmp_path / name).mkdir()
+        save_file(weights, tmp_path / name / "model.safetensors")
+    ways = ("--held-out", tmp_path / "held_out.jsonl", "--output", tmp_path / "mean")
+    run("average.py", "--ranker", tiny_artifact, "--checkpoints", tmp_path / "one", tmp_path / "other", *ways)
+    texts = ["An answer.", "No answer at all."]
+    assert Ranker.load(tmp_path / "mean", precision="fp32").score("A question?", texts) == pytest.approx([0.0, 0.0], abs=1e-4)
+    assert max(abs(Ranker.load(tiny_artifact, precision="fp32").score("A question?", texts))) > 1e-2
 
 
 def test_the_starter_is_finished_from_a_ranker(data, tmp_path, tiny_artifact):

@@ -46,10 +46,12 @@ MISCALIBRATION = 0.05
 
 
 def modest_temperature(pairs: Pairs) -> float:
-    """The highest of 60 temperatures, from the likeliest to eight times it, at which the calibration error is near a perfect model's."""
+    """The highest of 60 temperatures, from the likeliest to eight times it, at which the calibration error is near a perfect model's;
+    the likeliest where none is.
+    """
     temperatures = fit_temperature(pairs.margins, pairs.weights) * np.geomspace(1, 8, 60)
     near = [t for t in temperatures if (found := reliability(pairs, t)).ece.value <= found.ece_of_perfect + MISCALIBRATION]
-    return float(max(near))
+    return float(max(near, default=temperatures[0]))
 
 
 def measured(held: list[Example], scores: Scores, temperature: float, table: dict[str, dict[str, Any]]) -> list[str]:
