@@ -1,4 +1,4 @@
-"""The starter on questions of no data set: a whole answer beside the same answer damaged, by kind of damage.
+"""The starter on questions of no data set: a whole answer beside the same answer damaged, by kind of damage, and beside a stub.
 
     python examples/starter/check.py
 
@@ -46,14 +46,16 @@ WRITTEN = {
     "How can I learn to cook?": "Choose three simple dishes and cook each of them until you no longer need the recipe. Then add a new one every week.",
     "What should I do when my phone gets wet?": "Switch it off at once and dry it with a towel. Leave it in a dry place for two days before you turn it on again.",
 }
+STUBS = ("No.", "Yes.", "I do not know.", "Good question!", "Because it is.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="The starter on answers written for the purpose.")
     parser.add_argument("--ranker", default="starter")
+    parser.add_argument("--correction", action="store_true", help="take off what length alone lets expect")
     parser.add_argument("--times", type=int, default=3, help="how often each answer is damaged in each way")
     args = parser.parse_args()
-    ranker = Ranker.load(args.ranker)
+    ranker = Ranker.load(args.ranker, correction=args.correction)
     answers = list(WRITTEN.values())
     table = Table("the worse answer is", "pairs in order (95 %)", title=f"{args.ranker}: {len(WRITTEN)} questions written for the purpose")
     for kind, damage in DAMAGE.items():
@@ -67,6 +69,8 @@ def main() -> None:
                     found.append((float(whole > worse), prompt_hash(prompt)))
         if found:
             table.add_row(kind, str(figure([right for right, _ in found], clusters=[prompt for _, prompt in found])))
+    stubs = [(float(ranker.rank(prompt, [stub, answer]).best.index == 1), prompt) for prompt, answer in WRITTEN.items() for stub in STUBS]
+    table.add_row("a stub: " + " ".join(STUBS), str(figure([right for right, _ in stubs], clusters=[prompt for _, prompt in stubs])))
     Console().print(table)
 
 

@@ -29,7 +29,8 @@ DESCRIPTION = [
     "**For:** telling whole answers from broken ones (cut off, looping, shuffled, garbled, an echo of the prompt, an answer to another prompt, a "
     "needless refusal) and, a little, harmless from harmful ones, in English. It lets `Ranker.load()` work out of the box and `--model starter` train a first "
     "ranker in minutes on a CPU.",
-    "**Not for:** choosing between two good answers, facts, reasoning, code, other languages, or any decision that matters. Its human pairs are about "
+    "**Not for:** telling a stub from an answer ('No.' or 'I do not know.' comes before a whole answer four times in five: no such rows were trained on, and a "
+    "sum leans to the short), choosing between two good answers, facts, reasoning, code, other languages, or any decision that matters. Its human pairs are about "
     "harmlessness alone, and there it is not above the rule 'the shorter answer' by an interval that excludes 0 "
     "(`docs/results.md`). Its probabilities are right for broken answers beside whole ones and too bold between two whole ones: fit them on rows of "
     "yours (`ranker.calibrate`).",
