@@ -88,7 +88,10 @@ def test_checkpoints_are_averaged(data, tmp_path, tiny_artifact):
 
 def test_the_starter_is_finished_from_a_ranker(data, tmp_path, tiny_artifact):
     run("rows.py", "--data", data, "--output", tmp_path, "--damaged", 10, "--held-out-damaged", 21)
-    run("finish.py", "--ranker", tiny_artifact, "--held-out", tmp_path / "held_out.jsonl", "--output", tmp_path / "starter")
+    held = tmp_path / "held_out.jsonl"
+    run("finish.py", "--ranker", tiny_artifact, "--held-out", held, "--public", held, "--output", tmp_path / "starter")
     made = Ranker.load(tmp_path / "starter")
     assert (made.name, made.precision, made.calibrated) == ("starter", "int8", True)
-    assert "needless refusal" in (tmp_path / "starter" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "starter" / "README.md").read_text(encoding="utf-8")
+    assert "needless refusal" in card
+    assert "**On held_out:**" in card

@@ -178,16 +178,18 @@ def kto(
     return _mean_of_candidates(torch.where(targets > 0, good, bad), mask)
 
 
-def nll_of_the_best(mean_logps: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-    """``[B]``: nats a token of a row's best answer, the mean over several best ones: the second term of RPO (Pang et al. 2024,
-    arXiv 2404.19733, equation 1).
+def nll_of_the_best(sums: Tensor, lengths: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """``[B]``: nats a token of a row's best answer, the mean over several best ones: language modelling, and the second term of RPO
+    (Pang et al. 2024, arXiv 2404.19733, equation 1).
 
     Args:
-        mean_logps: ``[B, N]``, mean log-prob of a candidate's tokens under the policy, nats.
+        sums: ``[B, N]``, summed log-probs of a candidate's tokens under the policy, nats.
+        lengths: ``[B, N]``, tokens of a candidate.
         mask, targets: see the module.
 
     """
-    return _mean_of_candidates(-mean_logps, mask & (targets == _top(targets, mask)))
+    means = (sums / lengths.clamp(min=1)).float()
+    return _mean_of_candidates(-means, mask & (targets == _top(targets, mask)))
 
 
 def labelled_pairs(mask: Tensor, targets: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         """``[B]`` and, where there is a reference, the rewards ``[B, N]``."""
         sums = per_candidate(model(layout_of(part)), part)
         if self._sft:
-            return -(sums / part["lengths"].clamp(min=1)).sum(dim=1).float(), None
+            return nll_of_the_best(sums, part["lengths"], part["mask"], part["targets"]), None
         rewards = self._rewards(sums, part)
         options = dict(self._options)
         if "reference_point" in part:
@@ -285,8 +285,7 @@ class DPOTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types 
         shaped = rewards + self.args.length_alpha * part["lengths"] if self.args.length_alpha else rewards
         losses = self.kind.function(shaped, part["mask"], part["targets"], **options)
         if self.args.rpo_alpha:
-            mean_logps = (sums / part["lengths"].clamp(min=1)).float()
-            losses = losses + self.args.rpo_alpha * nll_of_the_best(mean_logps, part["mask"], part["targets"])
+            losses = losses + self.args.rpo_alpha * nll_of_the_best(sums, part["lengths"], part["mask"], part["targets"])
         return losses, rewards
 
     def _rewards(self, policy_sums: Tensor, part: Slice) -> Tensor:

@@ -21,7 +21,7 @@ from dpo_rank import Ranker, artifact
 from dpo_rank.data.formats import Example, read
 from dpo_rank.evaluation.agreement import Scores, compare, evaluate_scores, held_out_table, log_probs_of, score_examples
 from dpo_rank.evaluation.baselines import RULES
-from dpo_rank.evaluation.calibration import Pairs, fit, fit_familiarity, fit_temperature, pairs_of, reliability
+from dpo_rank.evaluation.calibration import Pairs, Reliability, fit, fit_familiarity, fit_temperature, pairs_of, reliability
 from dpo_rank.evaluation.style import explained
 from dpo_rank.export.card import model_card
 
@@ -51,14 +51,17 @@ def modest_temperature(pairs: Pairs) -> float:
     the likeliest where none is.
     """
     temperatures = fit_temperature(pairs.margins, pairs.weights) * np.geomspace(1, 8, 60)
-    near = [t for t in temperatures if (found := reliability(pairs, t)).ece.value <= found.ece_of_perfect + MISCALIBRATION]
-    return float(max(near, default=temperatures[0]))
+
+    def near(temperature: float) -> bool:
+        found = reliability(pairs, temperature)
+        return found.ece.value <= found.ece_of_perfect + MISCALIBRATION
+
+    return float(next(filter(near, temperatures[::-1]), temperatures[0]))
 
 
-def measured(held: list[Example], scores: Scores, temperature: float, table: dict[str, dict[str, Any]]) -> list[str]:
+def measured(held: list[Example], scores: Scores, sure: Reliability, table: dict[str, dict[str, Any]]) -> list[str]:
     """What the card says of goals and calibration, from the rows themselves."""
     missed = [f"{kind} {table[kind]['agreement']:.3f} (goal {goal})" for kind, goal in GOALS.items() if table[kind]["agreement"] < goal]
-    sure = reliability(pairs_of(held, scores), temperature)
     return [
         f"**Measured** on {len(held)} held-out rows, which also chose between three versions of it: goals missed of the seven kinds of damage: "
         f"{', '.join(missed) or 'none'}. Calibration error {sure.ece.value:.3f} (a perfectly "
@@ -99,7 +102,7 @@ def main() -> None:
         **source.manifest.training,
         "description": [
             *DESCRIPTION,
-            *measured(held, scores, temperature, table),
+            *measured(held, scores, reliability(pairs, temperature), table),
             *([on_public_rows(ranker, args.public)] if args.public else []),
         ],
         "license": "apache-2.0",
